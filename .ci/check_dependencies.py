@@ -53,7 +53,7 @@ class Use(NamedTuple):
 
 
 def distributions(module: str) -> set[str]:
-    """Returns the distributions that provide a module."""
+    """Return the distributions that provide a module."""
     parts = module.split(".")
     for name in (".".join(parts[:2]), parts[0]):
         if name in DISTRIBUTIONS:
@@ -62,7 +62,7 @@ def distributions(module: str) -> set[str]:
 
 
 def uses(path: Path) -> Iterator[Use]:
-    """Yields what a file imports of other projects."""
+    """Yield what a file imports of other projects."""
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     constants = {
         target.id: node.value.value
@@ -102,12 +102,12 @@ def _imported(node: ast.AST, constants: dict[str, str]) -> Iterator[tuple[str, s
 
 
 def requirement_names(lines: list[str]) -> set[str]:
-    """Returns the names of requirements, in lower case."""
+    """Return the names of requirements, in lower case."""
     return {re.match(r"[\w-]+", line)[0].replace("_", "-").lower() for line in lines}
 
 
 def faults() -> Iterator[str]:
-    """Yields what is imported and not declared, and what is declared and not imported."""
+    """Yield what is imported and not declared, and what is declared and not imported."""
     core = requirement_names(PROJECT["dependencies"])
     extras = {
         extra: requirement_names([line for line in lines if not line.startswith("glm_edge[")])
@@ -137,7 +137,7 @@ def faults() -> Iterator[str]:
 
 
 def main() -> int:
-    """Prints each fault and returns the exit status."""
+    """Print each fault and return the exit status."""
     lines = list(faults())
     print("\n".join(lines) or "declared dependencies are those that are imported")
     return 1 if lines else 0

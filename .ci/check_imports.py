@@ -13,13 +13,13 @@ PACKAGE = "glm_edge"
 
 
 def module_name(path: Path) -> str:
-    """Returns the dotted name of a file of the package."""
+    """Return the dotted name of a file of the package."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def import_statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Yields the imports below a node that the running program executes."""
+    """Yield the imports below a node that the running program executes."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child
@@ -31,7 +31,7 @@ def import_statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 def imported_modules(path: Path, modules: set[str]) -> set[str]:
-    """Returns the modules of the package that a file imports."""
+    """Return the modules of the package that a file imports."""
     imported = set()
     for statement in import_statements(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(statement, ast.Import):
@@ -44,7 +44,7 @@ def imported_modules(path: Path, modules: set[str]) -> set[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
-    """Yields one circle per strongly connected component of a graph (Tarjan's algorithm)."""
+    """Yield one circle per strongly connected component of a graph (Tarjan's algorithm)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -71,7 +71,7 @@ def circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
 
 
 def circle_through(module: str, component: set[str], graph: dict[str, set[str]]) -> list[str]:
-    """Returns a shortest circle from a module back to it, within its component."""
+    """Return a shortest circle from a module back to it, within its component."""
     paths = [[module]]
     while True:
         path = paths.pop(0)
@@ -83,7 +83,7 @@ def circle_through(module: str, component: set[str], graph: dict[str, set[str]])
 
 
 def main() -> None:
-    """Prints the circles and fails if there are any."""
+    """Print the circles and fail if there are any."""
     files = {module_name(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
     modules = set(files)
     graph = {name: imported_modules(path, modules) for name, path in files.items()}

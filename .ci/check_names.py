@@ -33,7 +33,7 @@ VAGUE = frozenset(
 
 
 def bound_names(node: ast.AST) -> Iterator[str]:
-    """Yields the names that a node binds."""
+    """Yield the names that a node binds."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         yield node.id
     elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -49,7 +49,7 @@ def bound_names(node: ast.AST) -> Iterator[str]:
 
 
 def vague_names(source: str) -> list[tuple[int, str]]:
-    """Lists line and name of each vague name that a source binds."""
+    """List line and name of each vague name that a source binds."""
     tree = ast.parse(source)
     bound = [
         (getattr(node, "lineno", 0), name) for node in ast.walk(tree) for name in bound_names(node)
@@ -58,12 +58,12 @@ def vague_names(source: str) -> list[tuple[int, str]]:
 
 
 def python_files(path: Path) -> list[Path]:
-    """Lists a file itself, or the Python files under a folder."""
+    """List a file itself, or the Python files under a folder."""
     return [path] if path.is_file() else sorted(path.rglob("*.py"))
 
 
 def main(paths: list[str]) -> int:
-    """Prints each vague name in the files and folders, and returns the exit status."""
+    """Print each vague name in the files and folders, and return the exit status."""
     lines = [
         f"{path}:{line}: {name!r} names nothing; use a noun for its content"
         for argument in paths

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def public_names(module: ModuleType) -> list[str]:
-    """Lists `__all__` of a module, or else what it defines itself."""
+    """List `__all__` of a module, or else what it defines itself."""
     defined = [
         name
         for name, value in vars(module).items()
@@ -31,7 +31,7 @@ def public_names(module: ModuleType) -> list[str]:
 
 
 def public_modules() -> list[ModuleType]:
-    """Lists the facade and the packages that it names, those of a package included."""
+    """List the facade and the packages that it names, those of a package included."""
     modules = [importlib.import_module("glm_edge")]
     for module in modules:
         for name in public_names(module):
@@ -42,7 +42,7 @@ def public_modules() -> list[ModuleType]:
 
 
 def public_functions() -> Iterator[tuple[str, Any]]:
-    """Yields name and function of each public function and method of the package."""
+    """Yield name and function of each public function and method of the package."""
     listed = set()
     for module in public_modules():
         for name in public_names(module):
@@ -60,7 +60,7 @@ def public_functions() -> Iterator[tuple[str, Any]]:
 
 
 def public_methods(value: type) -> Iterator[tuple[str, Any]]:
-    """Yields the methods, properties and operators that a class defines itself."""
+    """Yield the methods, properties and operators that a class defines itself."""
     for name, member in vars(value).items():
         if name.startswith("_") and name not in ("__init__", "__call__"):
             continue
@@ -78,7 +78,7 @@ def public_methods(value: type) -> Iterator[tuple[str, Any]]:
 
 
 def faults(function: Any, is_method: bool) -> Iterator[str]:
-    """Yields what a signature lacks."""
+    """Yield what a signature lacks."""
     signature = inspect.signature(inspect.unwrap(function))
     parameters = list(signature.parameters.values())
     if is_method and parameters and parameters[0].name in ("self", "cls"):
@@ -96,12 +96,12 @@ def faults(function: Any, is_method: bool) -> Iterator[str]:
 
 
 def is_any(annotation: Any) -> bool:
-    """Tests for a bare `Any`; parts of containers, such as leaves of trees, may be `Any`."""
+    """Test for a bare `Any`; parts of containers, such as leaves of trees, may be `Any`."""
     return annotation is Any or annotation == "Any"
 
 
 def main() -> int:
-    """Prints each fault and returns the exit status."""
+    """Print each fault and return the exit status."""
     functions = dict(public_functions())
     lines = [
         f"{name}: {fault}"

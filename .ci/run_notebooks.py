@@ -30,7 +30,7 @@ QUIET = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL"
 
 
 def execute(path: Path, timeout: int) -> nbformat.NotebookNode:
-    """Runs a copy of a notebook from its own folder."""
+    """Run a copy of a notebook from its own folder."""
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=timeout, resources=folder).execute()
@@ -38,13 +38,13 @@ def execute(path: Path, timeout: int) -> nbformat.NotebookNode:
 
 
 def printed(cell: nbformat.NotebookNode) -> str:
-    """Joins what a cell wrote to standard output."""
+    """Join what a cell wrote to standard output."""
     streams = [output for output in cell.outputs if output.output_type == "stream"]
     return "".join(output.text for output in streams if output.name == "stdout")
 
 
 def differences(committed: str, text: str, tolerance: float) -> list[str]:
-    """Lists the lines whose words differ, or whose numbers moved further than the tolerance."""
+    """List the lines whose words differ, or whose numbers moved further than the tolerance."""
     moved = []
     pairs = list(zip(committed.splitlines(), text.splitlines(), strict=False))
     if len(committed.splitlines()) != len(text.splitlines()) or not pairs:
@@ -63,7 +63,7 @@ def differences(committed: str, text: str, tolerance: float) -> list[str]:
 
 
 def compared(path: Path, notebook: nbformat.NotebookNode) -> list[str]:
-    """Compares the headlines of an executed notebook with those of the committed file."""
+    """Compare the headlines of an executed notebook with those of the committed file."""
     committed = nbformat.read(path, as_version=4)
     moved, headlines = [], 0
     for before, after in zip(committed.cells, notebook.cells, strict=True):
@@ -75,7 +75,7 @@ def compared(path: Path, notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def smaller(png: str) -> str:
-    """Encodes a picture in base64 again, with a palette."""
+    """Encode a picture in base64 again, with a palette."""
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     stream = io.BytesIO()
     picture.quantize(COLORS, kmeans=1, dither=Image.Dither.NONE).save(stream, "png", optimize=True)
@@ -83,7 +83,7 @@ def smaller(png: str) -> str:
 
 
 def write(path: Path, notebook: nbformat.NotebookNode) -> None:
-    """Writes the outputs without standard error, times, and paths of this machine."""
+    """Write the outputs without standard error, times, and paths of this machine."""
     names = {str(ROOT), str(Path.home()), tempfile.gettempdir()} - {"/"}
     for cell in notebook.cells:
         if cell.cell_type != "code":
@@ -102,7 +102,7 @@ def write(path: Path, notebook: nbformat.NotebookNode) -> None:
 
 
 def main() -> int:
-    """Runs the notebooks of the command line, and returns the exit status."""
+    """Run the notebooks of the command line, and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

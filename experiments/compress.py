@@ -25,7 +25,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines the command's flags, and one for generated screens."""
+    """Define the command's flags, and one for generated screens."""
     compress.define_flags()
     flags.DEFINE_integer(
         "calibration_screens",
@@ -36,7 +36,7 @@ def define_flags() -> None:
 
 
 def draw_screens(source: Path) -> compress.Batches:
-    """Draws --calibration_screens batches of screens for a checkpoint."""
+    """Draw --calibration_screens batches of screens for a checkpoint."""
     if not FLAGS.calibration_screens:
         return []
     tokenizer = ge.load_tokenizer(source)

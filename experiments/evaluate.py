@@ -28,7 +28,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines the command's flags, and those of screens."""
+    """Define the command's flags, and those of screens."""
     evaluate.define_flags()
     flags.DEFINE_integer("screens", 500, "Number of questions of each kind (written, spoken).", 1)
     flags.DEFINE_string(
@@ -43,7 +43,7 @@ def define_flags() -> None:
 
 
 def measure_taps(model: Any, params: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Measures and prints taps for written and, if the model has speech, spoken questions."""
+    """Measure and print taps for written and, if the model has speech, spoken questions."""
     report: dict[str, Any] = {"seed": FLAGS.seed, "written": None, "spoken": None}
     if model.config.vision is not None:
         items = tap_items.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir)
@@ -61,7 +61,7 @@ def measure_taps(model: Any, params: Any, tokenizer: Tokenizer) -> dict[str, Any
 def measure(
     model: Any, params: Any, tokenizer: Tokenizer, items: Sequence[tap_items.Item], kind: str
 ) -> dict[str, Any]:
-    """Computes the metrics of one kind of question for each requested ablation."""
+    """Compute the metrics of one kind of question for each requested ablation."""
     results = {}
     for ablation in tap_items.ABLATIONS if FLAGS.ablations else ("none",):
         if ablation == "blank_audio" and kind == "written":
@@ -77,7 +77,7 @@ def measure(
 
 
 def show(report: dict[str, Any]) -> None:
-    """Prints the taps as a table."""
+    """Print the taps as a table."""
     rows = []
     for kind in ("written", "spoken"):
         for ablation, rates in (report[kind] or {}).items():
@@ -91,7 +91,7 @@ RATES = ("parse_rate", "action_accuracy", "answer_accuracy", "tap_in_box")
 
 
 def interval(rate: dict[str, float] | None) -> str:
-    """Returns a rate in percent with its 95 % interval."""
+    """Return a rate in percent with its 95 % interval."""
     if rate is None:
         return "-"
     return f"{100 * rate['value']:.1f} ({100 * rate['low']:.1f}-{100 * rate['high']:.1f})"

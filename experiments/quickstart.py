@@ -53,7 +53,7 @@ STAGES = {"prune": "pruned", "distill": "healed", "quantize": "quantized"}
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_string(
         "out_dir", "out", "Output directory; must not contain results without --overwrite."
     )
@@ -152,7 +152,7 @@ def compressed(
     seed: int,
     distill_steps: int | None = None,
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Runs a recipe and yields the model after each stage.
+    """Run a recipe and yield the model after each stage.
 
     Args:
       recipe: a transform or a chain of them.
@@ -177,7 +177,7 @@ def compressed(
 def stages_of(
     recipe: Transform, distill_steps: int | None = None
 ) -> list[tuple[str, list[Transform]]]:
-    """Groups adjacent transforms of a kind; the model is measured after each group.
+    """Group adjacent transforms of a kind; the model is measured after each group.
 
     Args:
       recipe: a transform or a chain of them.
@@ -199,14 +199,14 @@ def stages_of(
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints rows when they are measured."""
+    """Print rows when they are measured."""
     for row in rows:
         values = [f"{COLUMNS[k]} {v}" for k, v in zip(COLUMNS, cells(row), strict=True) if v != "-"]
         print("; ".join(values[1:]).join([f"{row['stage']}: ", ""]), flush=True)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Returns a row as text, in the order of COLUMNS."""
+    """Return a row as text, in the order of COLUMNS."""
     shapes = {
         "parameters": "{:,}",
         "bytes": "{:,}",
@@ -225,7 +225,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """Summarizes the table in a few lines."""
+    """Summarize the table in a few lines."""
     rows, export, run = report["rows"], report["export"], report["run"]
     lines = [
         f"size: {rows[-2]['bytes'] / rows[0]['bytes']:.1%} of the dense model's bytes; "

@@ -77,7 +77,7 @@ ENCODER_RATE = {"vision": 0.3, "speech": 0.3}
 
 
 def initial_params(config: configs.GLMConfig, seed: int) -> dict[str, Any]:
-    """Draws random weights; scales the decoder's branches by `1 / sqrt(2 layers)`."""
+    """Draw random weights; scale the decoder's branches by `1 / sqrt(2 layers)`."""
     model = MultimodalGLM(config)
     init = jax.jit(functools.partial(model.init, tokens=jnp.zeros((1, 4), jnp.int32)))
     params = init(jax.random.key(seed))["params"]
@@ -89,12 +89,12 @@ def initial_params(config: configs.GLMConfig, seed: int) -> dict[str, Any]:
 
 
 def load_tokenizer() -> Tokenizer:
-    """Returns the tokenizer of the flag --tokenizer."""
+    """Return the tokenizer of the flag --tokenizer."""
     return read_tokenizer(FLAGS.tokenizer)
 
 
 def screen_batches(split: str, seed: int) -> ScreenBatches:
-    """Returns the screens of one split; splits have disjoint images, speakers and seeds."""
+    """Return the screens of one split; splits have disjoint images, speakers and seeds."""
     config = configs.preset("nano")
     sources = [digits.sklearn_digits(split)]
     if FLAGS.digits_dir:
@@ -107,7 +107,7 @@ def screen_batches(split: str, seed: int) -> ScreenBatches:
 
 @functools.cache
 def utterances(split: str) -> tuple[list[speech.Utterance], ...]:
-    """Returns real and synthetic recordings of one split; splits have disjoint speakers."""
+    """Return real and synthetic recordings of one split; splits have disjoint speakers."""
     recorded = []
     if FLAGS.speech_dir:
         parts = speech.split_speakers(speech.fsdd_folder(FLAGS.speech_dir), FLAGS.holdout_speakers)
@@ -117,12 +117,12 @@ def utterances(split: str) -> tuple[list[speech.Utterance], ...]:
 
 
 def tokens_of(path: str) -> np.ndarray:
-    """Returns token ids of a text file."""
+    """Return token ids of a text file."""
     return encode_text(load_tokenizer(), read_text(path))
 
 
 def text_to_learn() -> np.ndarray:
-    """Returns the token ids of all training text."""
+    """Return the token ids of all training text."""
     tokens = [tokens_of(FLAGS.text)]
     if FLAGS.pydoc:
         tokens.append(encode_text(load_tokenizer(), pydoc_topics("calibration")))
@@ -130,7 +130,7 @@ def text_to_learn() -> np.ndarray:
 
 
 def train_vision(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
-    """Trains the vision tower to predict the element in each cell."""
+    """Train the vision tower to predict the element in each cell."""
     model = MultimodalGLM(configs.preset("nano"), compute="bfloat16")
 
     def loss(state, batch, rng):
@@ -173,7 +173,7 @@ def train_vision(directory: Path, params: dict[str, Any], heads: dict[str, Any])
 
 
 def train_text(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
-    """Trains embedding and decoder on text."""
+    """Train embedding and decoder on text."""
     del heads
     model = MultimodalGLM(configs.preset("nano"), compute="bfloat16")
 
@@ -206,7 +206,7 @@ def train_text(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -
 
 
 def train_speech(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
-    """Trains the speech encoder to recognise the spoken digit."""
+    """Train the speech encoder to recognise the spoken digit."""
     config = configs.preset("nano")
     model = MultimodalGLM(config, compute="bfloat16")
     length = config.speech.num_frames * config.speech.hop_length
@@ -253,7 +253,7 @@ def train_speech(directory: Path, params: dict[str, Any], heads: dict[str, Any])
 
 
 def train_joint(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> dict[str, Any]:
-    """Trains the complete model on questions about screens, mixed with text."""
+    """Train the complete model on questions about screens, mixed with text."""
     config = configs.preset("nano")
     model = MultimodalGLM(config, compute="bfloat16")
     train, held_out = screen_batches("train", FLAGS.seed + 4), screen_batches("eval", 992)
@@ -320,7 +320,7 @@ def train_joint(directory: Path, params: dict[str, Any], heads: dict[str, Any]) 
 
 
 def run_apart(lane: list[str], core: int) -> subprocess.Popen:
-    """Runs stages in a separate process, on one core if the system supports it."""
+    """Run stages in a separate process, on one core if the system supports it."""
     stage_flag = f"--stages={','.join(lane)}"
     command = [sys.executable, "-m", "experiments.train_nano", *sys.argv[1:], stage_flag]
 
@@ -333,7 +333,7 @@ def run_apart(lane: list[str], core: int) -> subprocess.Popen:
 
 
 def trained_parts(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
-    """Copies the weights of the first stages into the complete model's parameters, in place."""
+    """Copy the weights of the first stages into the complete model's parameters, in place."""
     templates = {
         "vision": {
             "params": {"vision": params["vision"]},
@@ -355,7 +355,7 @@ def trained_parts(directory: Path, params: dict[str, Any], heads: dict[str, Any]
 
 
 def save_checkpoint(directory: Path, params: dict[str, Any]) -> None:
-    """Writes the trained model in bfloat16 with its tokenizer."""
+    """Write the trained model in bfloat16 with its tokenizer."""
     model = MultimodalGLM(configs.preset("nano"))
     path = directory / "checkpoint"
     extras = {"tokenizer.json": Path(FLAGS.tokenizer)}

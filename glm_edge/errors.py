@@ -60,7 +60,7 @@ class TrainingError(RecipeError):
     """
 
     def __init__(self, message: str, step: int, params: dict[str, Any]) -> None:
-        """Stores the failing step and the parameters before it."""
+        """Store the failing step and the parameters before it."""
         super().__init__(message)
         self.step, self.params = step, params
 
@@ -82,7 +82,7 @@ class MissingExtraError(GlmEdgeError, ImportError):
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Imports an optional dependency.
+    """Import an optional dependency.
 
     Args:
       module: dotted name of the module, such as `"tensorflow"`.

@@ -28,7 +28,7 @@ ErrorType = type[GlmEdgeError]
 
 
 def file_inside(directory: Path, name: str, error: ErrorType = CheckpointError) -> Path:
-    """Finds a regular file of a checkpoint; refuses symbolic links that leave the directory.
+    """Find a regular file of a checkpoint; refuse symbolic links that leave the directory.
 
     Links may point inside the directory. In a snapshot of a Hugging Face cache
     (`models--*/snapshots/*`) they may also point into `blobs` of the same repository.
@@ -93,7 +93,7 @@ def _unreadable(path: Path, failure: Exception, error: ErrorType) -> GlmEdgeErro
 
 
 def shown_path(path: str | os.PathLike) -> str:
-    """Formats a path for a one-line message: quotes unprintable paths and truncates long ones."""
+    """Format a path for a one-line message: quote unprintable paths and truncate long ones."""
     text = os.fspath(path)
     if text.isprintable() and len(text) <= MAX_SHOWN:
         return text
@@ -102,7 +102,7 @@ def shown_path(path: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike, error: ErrorType = CheckpointError) -> Iterator[io.FileIO]:
-    """Opens a regular file for reading, without blocking on pipes.
+    """Open a regular file for reading, without blocking on pipes.
 
     Args:
       path: file path.
@@ -139,7 +139,7 @@ def opened(path: str | os.PathLike, error: ErrorType = CheckpointError) -> Itera
 def fill(
     file: BinaryFile, target: np.ndarray, where: str, error: ErrorType = CheckpointError
 ) -> None:
-    """Reads bytes until an array is full; one system call reads at most 2 GB.
+    """Read bytes until an array is full; one system call reads at most 2 GB.
 
     Args:
       file: file from `opened`, positioned at the first byte to read.
@@ -162,7 +162,7 @@ def fill(
 
 
 def read_bytes(path: str | os.PathLike, limit: int, error: ErrorType = CheckpointError) -> bytes:
-    """Reads a regular file of at most `limit` bytes.
+    """Read a regular file of at most `limit` bytes.
 
     Args:
       path: file path.
@@ -188,7 +188,7 @@ def read_bytes(path: str | os.PathLike, limit: int, error: ErrorType = Checkpoin
 def read_text(
     path: str | os.PathLike, error: ErrorType = CheckpointError, limit: int = MAX_TEXT_BYTES
 ) -> str:
-    """Reads a regular file of at most `limit` bytes as UTF-8 text.
+    """Read a regular file of at most `limit` bytes as UTF-8 text.
 
     Args:
       path: file path.
@@ -208,7 +208,7 @@ def read_text(
 
 
 def read_json(path: str | os.PathLike, error: ErrorType = CheckpointError) -> dict[str, Any]:
-    """Reads a JSON object of at most `MAX_JSON_BYTES`.
+    """Read a JSON object of at most `MAX_JSON_BYTES`.
 
     Args:
       path: file path.
@@ -227,7 +227,7 @@ def read_json(path: str | os.PathLike, error: ErrorType = CheckpointError) -> di
 def json_object(
     file: BinaryFile, size: int, where: str, error: ErrorType = CheckpointError
 ) -> dict[str, Any]:
-    """Reads a JSON object from a section of a file.
+    """Read a JSON object from a section of a file.
 
     Args:
       file: file from `opened`, positioned at the first byte of the object.
@@ -260,7 +260,7 @@ def parse_json(
     max_bytes: int = MAX_JSON_BYTES,
     max_values: int = MAX_JSON_VALUES,
 ) -> Any:
-    """Parses JSON within limits on bytes, values, depth and digits.
+    """Parse JSON within limits on bytes, values, depth and digits.
 
     Args:
       raw: JSON text or UTF-8 bytes.

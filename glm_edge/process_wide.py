@@ -13,7 +13,7 @@ QUIET_TENSORFLOW = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
 def shared(
     change: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Makes a process-wide change safe for concurrent threads.
+    """Make a process-wide change safe for concurrent threads.
 
     The first thread applies the change and the last one reverts it. Otherwise, a thread that enters
     during the change would save the changed value and later restore it permanently.

@@ -55,7 +55,7 @@ class _Item:
 
 
 def check_pattern(pattern: str, matches: Callable[[str, str], bool] | None = None) -> None:
-    """Refuses an expression that can take more than quadratic time.
+    """Refuse an expression that can take more than quadratic time.
 
     Args:
       pattern: expression in the common syntax of Python's `re` and Oniguruma, with `\\p{…}`.
@@ -85,7 +85,7 @@ class _Parser:
         self._sets: dict[str, frozenset[str]] = {}
 
     def alternatives(self, depth: int) -> _Item:
-        """Parses up to the end of a group; returns the group as one item."""
+        """Parse up to the end of a group; return the group as one item."""
         if depth > MAX_NESTING:
             raise PatternError(f"is nested deeper than {MAX_NESTING}")
         sequences = [self._sequence(depth)]
@@ -145,7 +145,7 @@ class _Parser:
         return item
 
     def _class(self) -> None:
-        """Skips `[…]`, which may be nested."""
+        """Skip `[…]`, which may be nested."""
         depth, first = 0, True
         while self.at < len(self.pattern):
             character = self.pattern[self.at]
@@ -217,7 +217,7 @@ class _Parser:
         return item
 
     def _check_row(self, items: list[_Item]) -> None:
-        """Refuses adjacent unlimited repeats of equal characters before an item that can fail."""
+        """Refuse adjacent unlimited repeats of equal characters before an item that can fail."""
         endless: list[_Item] = []
         crossed = False
         for item in items:

@@ -31,7 +31,7 @@ def table_lines(rows: Sequence[Sequence[Any]], right: Collection[int] = ()) -> l
 
 
 def _padded(rows: Sequence[Sequence[Any]], right: Collection[int]) -> list[list[str]]:
-    """Columns of cells of one width."""
+    """Return the columns of cells of one width."""
     columns = []
     for index, cells in enumerate(zip(*rows, strict=True)):
         width = max(len(str(cell)) for cell in cells)

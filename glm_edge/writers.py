@@ -28,12 +28,12 @@ _LITTER = re.compile(
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object with its keys in insertion order."""
+    """Write a JSON object with its keys in insertion order."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file atomically, so that a killed process never leaves a partial file.
+    """Write a file atomically, so that a killed process never leaves a partial file.
 
     Args:
       path: file path; an existing file is replaced.
@@ -63,7 +63,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_stream(path: Path, write: Callable[[BinaryIO], Any]) -> int:
-    """Writes a file atomically through an open stream.
+    """Write a file atomically through an open stream.
 
     Args:
       path: file path; an existing file is replaced.
@@ -86,7 +86,7 @@ def write_stream(path: Path, write: Callable[[BinaryIO], Any]) -> int:
 
 @contextlib.contextmanager
 def scratch_beside(path: Path) -> Iterator[Path]:
-    """Creates a temporary directory on the disk of `path`, and removes it at the end."""
+    """Create a temporary directory on the disk of `path`, and remove it at the end."""
     path = path.absolute()
     remove_litter(path)
     scratch = beside(path, "partial")
@@ -98,7 +98,7 @@ def scratch_beside(path: Path) -> Iterator[Path]:
 
 
 def check_writable_name(path: str | os.PathLike) -> Path:
-    """Refuses invalid file names and ambiguous paths.
+    """Refuse invalid file names and ambiguous paths.
 
     Args:
       path: path to write.
@@ -129,7 +129,7 @@ def check_writable_name(path: str | os.PathLike) -> Path:
 
 
 def refuse_link(path: Path) -> None:
-    """Refuses a link, which a writer would replace instead of its target.
+    """Refuse a link, which a writer would replace instead of its target.
 
     Args:
       path: path to write.
@@ -145,7 +145,7 @@ def refuse_link(path: Path) -> None:
 
 
 def beside(path: Path, end: str) -> Path:
-    """Builds the name of a temporary file or directory from its target and its process.
+    """Build the name of a temporary file or directory from its target and its process.
 
     Args:
       path: path of the target.
@@ -160,7 +160,7 @@ def beside(path: Path, end: str) -> Path:
 
 
 def remove_litter(path: Path) -> None:
-    """Removes temporary files of killed processes, and restores a checkpoint that they moved aside.
+    """Remove temporary files of killed processes, and restore a checkpoint that they moved aside.
 
     A process is identified by its id, its start and the boot of its machine. Files from another
     boot, or from another machine on a shared disk, are removed after a day.
@@ -186,7 +186,7 @@ def remove_litter(path: Path) -> None:
 
 
 def _is_over(entry: os.DirEntry, match: re.Match) -> bool:
-    """Tests that the process of an entry has ended, as far as this can be determined."""
+    """Test that the process of an entry has ended, as far as this can be determined."""
     pid, start = int(match[2], 16), int(match[3], 16)
     if match[4] == _boot():
         return _start_of(pid) != start
@@ -197,7 +197,7 @@ def _is_over(entry: os.DirEntry, match: re.Match) -> bool:
 
 
 def moved_aside(path: Path) -> Path | None:
-    """Finds the checkpoint that a killed process moved aside before replacing it."""
+    """Find the checkpoint that a killed process moved aside before replacing it."""
     for entry in _entries(path.parent):
         match = _LITTER.fullmatch(entry.name)
         if match is None or match[5] != "old":
@@ -217,7 +217,7 @@ def _entries(directory: Path) -> list[os.DirEntry]:
 
 
 def _stem(name: str, room: int) -> str:
-    """Shortens a name to a prefix and a digest if it leaves less than `room` bytes."""
+    """Shorten a name to a prefix and a digest if it leaves less than `room` bytes."""
     if len(os.fsencode(name)) + room <= MAX_FILE_NAME:
         return name
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
@@ -233,7 +233,7 @@ def _boot() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """Returns the start of a process in ticks since boot, None if it is gone, zero if unknown."""
+    """Return the start of a process in ticks since boot, None if it is gone, zero if unknown."""
     try:
         # The name of the program, in parentheses, may contain any character.
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
@@ -251,7 +251,7 @@ def _start_of(pid: int) -> int | None:
 
 
 def require_space(out: Path, needed: float) -> None:
-    """Checks the free space of a disk.
+    """Check the free space of a disk.
 
     Args:
       out: path to write, which need not exist.
@@ -273,7 +273,7 @@ def require_space(out: Path, needed: float) -> None:
 def new_directory(
     target: str | os.PathLike, overwrite: bool, keep: bool = False, mark: str = CONFIG
 ) -> Iterator[Path]:
-    """Creates a temporary directory, which replaces `target` after success.
+    """Create a temporary directory, which replaces `target` after success.
 
     An existing directory exchanges its name with the temporary one in one step, so that a complete
     checkpoint exists at any time. Temporary files of killed processes are removed first.
@@ -330,7 +330,7 @@ class DirectoryLock:
     _mine: ClassVar[set[tuple[int, int]]] = set()
 
     def __init__(self, directory: Path, target: Path, again: bool = False) -> None:
-        """Locks a directory.
+        """Lock a directory.
 
         Args:
           directory: directory to lock.
@@ -371,7 +371,7 @@ class DirectoryLock:
         self._close = weakref.finalize(self, self._release, file, self._key)
 
     def release(self) -> None:
-        """Releases the lock."""
+        """Release the lock."""
         if self._file is not None:
             self._close()
 
@@ -388,7 +388,7 @@ def check_target(
     needed: float = 0,
     strict: bool = False,
 ) -> None:
-    """Checks that a file or a directory can be written to a path, before any other work.
+    """Check that a file or a directory can be written to a path, before any other work.
 
     Args:
       path: file or directory to create.
@@ -474,7 +474,7 @@ def _take_place(temporary: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step; returns False if the system does not support it."""
+    """Exchange two names in one step; return False if the system does not support it."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
@@ -483,7 +483,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _step_aside(temporary: Path, target: Path) -> None:
-    """Replaces a directory in two steps; `remove_litter` repairs an interruption in between."""
+    """Replace a directory in two steps; `remove_litter` repairs an interruption in between."""
     aside = beside(target, "old")
     os.replace(target, aside)
     try:
@@ -495,7 +495,7 @@ def _step_aside(temporary: Path, target: Path) -> None:
 
 
 def no_directory(path: Path) -> str:
-    """Builds the error message for a path that is not a checkpoint directory.
+    """Build the error message for a path that is not a checkpoint directory.
 
     Args:
       path: the path, which may look like a hub repository `owner/name`.

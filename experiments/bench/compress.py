@@ -62,7 +62,7 @@ RUNS = {
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_enum("run", None, list(RUNS), "Run to execute.", required=True)
     flags.DEFINE_string("work_dir", None, "Working directory for the checkpoints.", required=True)
     flags.DEFINE_string("out", None, "JSON file for the results.")
@@ -117,7 +117,7 @@ MEASURED = (
 
 
 def check_disk(source: Path, fields: dict) -> None:
-    """Checks that checkpoint and result fit the disk.
+    """Check that checkpoint and result fit the disk.
 
     Raises:
       OutputError: the disk is too full.

@@ -54,7 +54,7 @@ BANDWIDTH_BYTES = 1 << 28
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_enum("shape", "mobile", SHAPES, "Shape of the model.")
     flags.DEFINE_string(
         "format", "int8", "Format of every matrix, such as int8, int4, int4-g32, int2."
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def process(step: str) -> dict[str, Any]:
-    """Runs one step in a separate process and reads the results from its last line.
+    """Run one step in a separate process and read the results from its last line.
 
     Raises:
       DataError: the process failed.
@@ -130,7 +130,7 @@ def process(step: str) -> dict[str, Any]:
 
 
 def shape_of(name: str) -> GLMConfig:
-    """Returns the model of a shape."""
+    """Return the model of a shape."""
     if name in ("mobile", "nano"):
         return preset(name)
     config = text_only(preset({"glm_edge_1_5b": "large", "glm_4_9b": "phone_9b"}[name]))
@@ -141,12 +141,12 @@ def shape_of(name: str) -> GLMConfig:
 
 
 def size_bound(stored_bytes: int) -> float:
-    """Returns the size limit of a file in bytes from the bytes of its parameters."""
+    """Return the size limit of a file in bytes from the bytes of its parameters."""
     return 1.02 * stored_bytes + 1e6
 
 
 def goals(shape: str, converted: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compares the measured values of `convert` with their limits.
+    """Compare the measured values of `convert` with their limits.
 
     Args:
       shape: shape of the model.
@@ -169,7 +169,7 @@ def goals(shape: str, converted: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def convert(path: Path) -> dict[str, Any]:
-    """Writes the file; memory includes the parameters, seconds exclude making them."""
+    """Write the file; memory includes the parameters, seconds exclude making them."""
     model, params = random_model(to_dict(shape_of(FLAGS.shape)), FLAGS.format)
     started = time.monotonic()
     exported = ge.export.tflite(
@@ -192,7 +192,7 @@ def convert(path: Path) -> dict[str, Any]:
 
 
 def run(path: Path) -> dict[str, Any]:
-    """Loads the file and times steps of decoding and prefill."""
+    """Load the file and time steps of decoding and prefill."""
     started = time.monotonic()
     phone = ge.export.LiteRTModel(path, num_threads=FLAGS.threads)
     rng, config = np.random.default_rng(0), phone.config
@@ -230,7 +230,7 @@ def run(path: Path) -> dict[str, Any]:
 
 
 def encoders(phone: Any, rng: np.random.Generator) -> dict[str, float]:
-    """Measures the milliseconds of a file's encoders per image and per recording."""
+    """Measure the milliseconds of a file's encoders per image and per recording."""
     vision, speech, steps_log = phone.config.vision, phone.config.speech, {}
     if vision is not None:
         image = rng.random((*vision.image_size, vision.channels), np.float32)
@@ -242,7 +242,7 @@ def encoders(phone: Any, rng: np.random.Generator) -> dict[str, float]:
 
 
 def median_seconds(call: Callable[[], Any]) -> float:
-    """Returns the median seconds of a call, after one warm-up call."""
+    """Return the median seconds of a call, after one warm-up call."""
     times = []
     for _ in range(BURSTS + 1):
         started = time.monotonic()
@@ -275,7 +275,7 @@ class Resident:
         return self.model.create_input_buffer_by_name("decode", name)
 
     def step(self, embedded: np.ndarray, slot: int) -> float:
-        """Decodes one token and returns the seconds it took."""
+        """Decode one token and return the seconds it took."""
         for name, array in self.phone.step_inputs(embedded, slot, 1).items():
             self.inputs[name].write(np.ascontiguousarray(array))
         started = time.monotonic()
@@ -285,7 +285,7 @@ class Resident:
 
 
 def bandwidth() -> float:
-    """Measures the bytes per second that two cores read from memory."""
+    """Measure the bytes per second that two cores read from memory."""
     array = np.ones(BANDWIDTH_BYTES // 8)
     halves = np.array_split(array, 2)
     with ThreadPoolExecutor(2) as pool:
@@ -298,7 +298,7 @@ def bandwidth() -> float:
 
 
 def peak_rss_bytes() -> int:
-    """Returns the largest resident memory of this process so far."""
+    """Return the largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

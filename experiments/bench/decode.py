@@ -37,7 +37,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_enum("shape", "mobile", list(SHAPES), "Shape of the decoder.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the weights.")
     flags.DEFINE_enum("compute", "float32", ["float32", "bfloat16"], "Arithmetic of glm_edge.")
@@ -73,13 +73,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def provenance(peer: "Transformers") -> dict[str, Any]:
-    """Describes the run and the peer."""
+    """Describe the run and the peer."""
     flags_used = ("shape", "dtype", "compute", "rounds", "decode_tokens", "threads", "seed")
     return provenance_of("bench.decode", flags_used, versions=peer.versions)
 
 
 def text_only(config: GLMConfig) -> GLMConfig:
-    """Returns the same decoder without its encoders."""
+    """Return the same decoder without its encoders."""
     return dataclasses.replace(
         config, vision=None, speech=None, image_token_id=None, audio_token_id=None
     )
@@ -92,7 +92,7 @@ class Ours:
         self.model, self.params = model, params
 
     def run(self, prompt: np.ndarray, count: int) -> list[tuple[int, float]]:
-        """Generates tokens; returns each with its seconds."""
+        """Generate tokens; return each with its seconds."""
         options = {"max_new_tokens": count, "stop_tokens": ()}
         tokens = generate.stream(self.model, self.params, prompt, **options)
         return timed(lambda: int(next(tokens)[0]), count)
@@ -133,7 +133,7 @@ class Transformers:
         ).eval()
 
     def params(self) -> dict[str, Any]:
-        """Its weights as glm_edge parameters, in the same memory."""
+        """Return its weights as glm_edge parameters, in the same memory."""
         read = jax.dlpack.from_dlpack
         weights = {name: read(w.detach()) for name, w in self.model.named_parameters()}
 
@@ -155,7 +155,7 @@ class Transformers:
         return {"embed": of("embed_tokens"), "decoder": {"layers": layers, "norm": of("norm")}}
 
     def run(self, prompt: np.ndarray, count: int) -> list[tuple[int, float]]:
-        """Generates tokens; returns each with its seconds."""
+        """Generate tokens; return each with its seconds."""
         state = {"input_ids": self.torch.as_tensor(prompt), "past_key_values": None}
 
         def step() -> int:
@@ -169,7 +169,7 @@ class Transformers:
 
 
 def timed(step: Callable[[], int], count: int) -> list[tuple[int, float]]:
-    """Returns the results of `count` calls, each with its seconds."""
+    """Return the results of `count` calls, each with its seconds."""
     results = []
     for _ in range(count):
         start = time.perf_counter()
@@ -181,7 +181,7 @@ def timed(step: Callable[[], int], count: int) -> list[tuple[int, float]]:
 def measure(
     ours: Ours, peer: Transformers, prompts: dict[int, np.ndarray]
 ) -> dict[int, dict[str, list[tuple[float, float]]]]:
-    """Measures pairs (glm_edge, transformers) of seconds by prompt length, per phase."""
+    """Measure pairs (glm_edge, transformers) of seconds by prompt length, per phase."""
     seconds = {length: {"prefill": [], "decode": []} for length in prompts}
     for turn in range(FLAGS.rounds):
         for length, prompt in prompts.items():
@@ -198,7 +198,7 @@ def measure(
 def summarize(
     length: int, seconds: dict[str, list[tuple[float, float]]], first: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Returns one row for prefill and one for decoding.
+    """Return one row for prefill and one for decoding.
 
     Args:
       length: prompt length in tokens.

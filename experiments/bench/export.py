@@ -91,7 +91,7 @@ SLOW_S, SLOW_ROUNDS = 8.0, 4
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_enum("shape", "mobile", SHAPES, "Shape of the decoder; toy has two small layers.")
     flags.DEFINE_string("work_dir", None, "Working directory for the models.", required=True)
     for family, peer in PEERS.items():
@@ -147,17 +147,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def phases() -> list[str]:
-    """Lists the timed phases, such as `decode 128`."""
+    """List the timed phases, such as `decode 128`."""
     return [f"decode {n}" for n in FLAGS.contexts] + [f"prefill {n}" for n in FLAGS.prefill]
 
 
 def decoder_of(shape: str) -> GLMConfig:
-    """Returns a decoder without encoders, of a preset or `toy`."""
+    """Return a decoder without encoders, of a preset or `toy`."""
     return TOY if shape == "toy" else text_only(preset(shape))
 
 
 def specs_of(work: Path) -> list[Spec]:
-    """Returns all rows of the comparison.
+    """Return all rows of the comparison.
 
     Raises:
       DataError: a length is not an integer, or does not fit the cache.
@@ -202,7 +202,7 @@ def specs_of(work: Path) -> list[Spec]:
 
 
 def chosen(specs: Sequence[Spec], pattern: str) -> list[Spec]:
-    """Returns the rows whose names match.
+    """Return the rows whose names match.
 
     Raises:
       DataError: the pattern is not a regular expression, or matches nothing.
@@ -235,7 +235,7 @@ class Bench:
         self.groups: list[list[str]] = []
 
     def prepare(self) -> None:
-        """Writes every model; skips an engine that fails."""
+        """Write every model; skip an engine that fails."""
         for spec in self.specs:
             started = time.monotonic()
             try:
@@ -246,7 +246,7 @@ class Bench:
             print(f"{spec.name}: written in {time.monotonic() - started:.0f} s", flush=True)
 
     def run(self, phases: Sequence[str]) -> None:
-        """Times all phases of all engines, in as few groups as fit memory."""
+        """Time all phases of all engines, in as few groups as fit memory."""
         waiting = [spec for spec in self.specs if spec.name in self.prepared]
         while waiting:
             waiting = self._start(waiting)
@@ -256,7 +256,7 @@ class Bench:
             self.close()
 
     def report(self, phases: Sequence[str]) -> dict[str, Any]:
-        """Collects the results for JSON."""
+        """Collect the results for JSON."""
         data = (self.specs, self.samples, self.prepared, self.bandwidth)
         return {
             "engines": {
@@ -273,13 +273,13 @@ class Bench:
         }
 
     def close(self) -> None:
-        """Ends all engines."""
+        """End all engines."""
         for engine in self.resident.values():
             engine.close()
         self.resident = {}
 
     def _start(self, waiting: Sequence[Spec]) -> list[Spec]:
-        """Starts the engines that fit, llama.cpp first, and returns the others."""
+        """Start the engines that fit, llama.cpp first, and return the others."""
         first = {spec.name for spec in waiting}
         anchors = [s for s in self.specs if s.family == "llama.cpp" and s.name in self.prepared]
         others, started = [], 0
@@ -331,14 +331,14 @@ class Bench:
 
 
 def to_profile(log: dict[str, Any], everything: bool) -> list[tuple[str, str]]:
-    """Lists engines and phases to profile: those of missed goals, or all timed ones."""
+    """List engines and phases to profile: those of missed goals, or all timed ones."""
     if everything:
         return [(row["engine"], phase) for phase, rows in log["results"].items() for row in rows]
     return [(goal["engine"], goal["phase"]) for goal in log["goals"] if not goal["reached"]]
 
 
 def profiles(specs: Sequence[Spec], phases: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Profiles the operators of the signatures that ran in some phases, by `engine: signature`.
+    """Profile the operators of the signatures that ran in some phases, by `engine: signature`.
 
     Args:
       specs: specs of the engines.
@@ -361,7 +361,7 @@ def profiles(specs: Sequence[Spec], phases: Iterable[tuple[str, str]]) -> dict[s
 
 
 def remove(work: Path, paths: Sequence[str]) -> None:
-    """Removes the files of a run from its directory."""
+    """Remove the files of a run from its directory."""
     for path in (
         *map(Path, filter(None, paths)),
         work / "packed",
@@ -374,7 +374,7 @@ def remove(work: Path, paths: Sequence[str]) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Describes the run."""
+    """Describe the run."""
     names = ("shape", "engines", "contexts", "prefill", "slots", "attended_slots", "threads")
     names += ("rounds", "steps", "reserve_gb", "weight_cache", "profile", "profile_all")
     return provenance_of(
@@ -383,7 +383,7 @@ def provenance() -> dict[str, Any]:
 
 
 def show(log: dict[str, Any]) -> None:
-    """Prints the tables."""
+    """Print the tables."""
     mega = 1e-6
     print_table(
         [
@@ -450,7 +450,7 @@ def show(log: dict[str, Any]) -> None:
 
 
 def show_profile(key: str, profile: dict[str, Any], most: int = 10) -> None:
-    """Prints operators and their fraction of a run, slowest first."""
+    """Print operators and their fraction of a run, slowest first."""
     print()
     if "error" in profile:
         print(f"{key}: {profile['error']}")

@@ -78,7 +78,7 @@ print("seconds", time.monotonic() - started)
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_string("work_dir", None, "Working directory for the checkpoint.", required=True)
     flags.DEFINE_string("gptqmodel_python", None, "Python interpreter with GPTQModel.")
     flags.DEFINE_multi_enum(
@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _write_tokenizer(directory: Path) -> None:
-    """Writes a tokenizer with one word per id, which GPTQModel needs to load a checkpoint."""
+    """Write a tokenizer with one word per id, which GPTQModel needs to load a checkpoint."""
     words = {f"w{i}": i for i in range(MOBILE["vocab_size"])}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -135,7 +135,7 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 def ours(work: Path, source: Path, name: str) -> dict[str, Any]:
-    """Times one setting of glm_edge, including loading and saving."""
+    """Time one setting of glm_edge, including loading and saving."""
     recipe = work / f"{name}.json"
     recipe.write_text(ge.to_json(OURS[name]), encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=work) as out:
@@ -150,7 +150,7 @@ def ours(work: Path, source: Path, name: str) -> dict[str, Any]:
 
 
 def peer(work: Path, source: Path) -> dict[str, Any]:
-    """Times GPTQModel, including loading and saving."""
+    """Time GPTQModel, including loading and saving."""
     out = work / "gptqmodel"
     shutil.rmtree(out, ignore_errors=True)
     command = [FLAGS.gptqmodel_python, "-c", PEER, *map(Path.resolve, (source, work / TOKENS, out))]

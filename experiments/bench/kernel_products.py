@@ -53,7 +53,7 @@ class Product:
 
 @functools.partial(jax.jit, static_argnums=1)
 def boxed(weight: Array, format: Format) -> boxes.Quantized:
-    """Returns a weight in a format, with scales from its largest values."""
+    """Return a weight in a format, with scales from its largest values."""
     groups = format.num_groups(weight.shape[1])
     high = 1 if format.qtype == "nf4" else quantization.code_range(format.qtype)[1]
     scale = jnp.abs(weight).reshape(weight.shape[0], groups, -1).max(axis=-1) / high
@@ -63,7 +63,7 @@ def boxed(weight: Array, format: Format) -> boxes.Quantized:
 
 
 def ours(x: Array, weights: list[Array], wanted: Wanted) -> Iterator[Product]:
-    """Returns the products of the library; the first is float32."""
+    """Return the products of the library; the first is float32."""
     bfloat16 = [weight.astype(jnp.bfloat16) for weight in weights]
     yield chained("fp32", x, matmul.dense, weights)
     if len(x) <= matmul.SPLIT_ROWS:
@@ -84,7 +84,7 @@ def ours(x: Array, weights: list[Array], wanted: Wanted) -> Iterator[Product]:
 
 
 def tried(x: Array, weights: list[Array], wanted: Wanted) -> Iterator[Product]:
-    """Lists simple products of one row that `glm_edge.kernels.matmul` does not use."""
+    """List simple products of one row that `glm_edge.kernels.matmul` does not use."""
     int8 = [boxed(w, Format.parse("int8-channel")) for w in weights]
     int4 = [boxed(w, Format.parse("int4-channel")) for w in weights]
 
@@ -131,7 +131,7 @@ def _lanes(x: Array, codes: Array) -> Array:
 
 
 def qwix(x: Array, weights: list[Array], wanted: Wanted) -> Iterator[Product]:
-    """Returns the products of qwix's quantized arrays."""
+    """Return the products of qwix's quantized arrays."""
     import qwix as library
 
     contract = (((1,), (1,)), ((), ()))
@@ -150,7 +150,7 @@ def qwix(x: Array, weights: list[Array], wanted: Wanted) -> Iterator[Product]:
 def torchao(
     x: Array, weights: list[Array], wanted: Wanted, threads: int, compiling: bool
 ) -> Iterator[Product]:
-    """Returns the products of layers quantized by torchao, and of torch's layers."""
+    """Return the products of layers quantized by torchao, and of torch's layers."""
     import torch
     import torchao.quantization as ao
 
@@ -205,7 +205,7 @@ def torchao(
 
 
 def chained(name: str, x: Array, product: Callable, weights: list[Any]) -> Product:
-    """Compiles the chain of one product, and compares one layer with float64."""
+    """Compile the chain of one product, and compare one layer with float64."""
 
     def chain(x: Array, weights: list[Any]) -> Array:
         for weight in weights:

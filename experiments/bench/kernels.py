@@ -53,7 +53,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_list(
         "rows", ["1", "8", "128"], "Numbers of activation rows; each is measured separately."
     )
@@ -108,14 +108,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Describes the run and its device."""
+    """Describe the run and its device."""
     names = ("rows", "width", "layers", "rounds", "only", "threads", "seed", "tried", "peers")
     device = {"device": jax.devices()[0].device_kind}
     return provenance_of("bench.kernels", names) | device
 
 
 def measure_bandwidth() -> float:
-    """Measures the bytes per second at which the device, or all cores together, read an array."""
+    """Measure the bytes per second at which the device, or all cores together, read an array."""
     if jax.default_backend() == "cpu":
         parts = np.array_split(np.ones(1 << 26, np.int64), os.cpu_count())
         with ThreadPoolExecutor(len(parts)) as pool:
@@ -127,7 +127,7 @@ def measure_bandwidth() -> float:
 
 
 def measure_packing() -> list[dict[str, Any]]:
-    """Measures millions of weights per second of packing and unpacking, for every type."""
+    """Measure millions of weights per second of packing and unpacking, for every type."""
     rows = []
     for qtype in packing.QTYPES:
         codes = random_codes(qtype, (PACKED_WEIGHTS // 4096, 4096))
@@ -148,7 +148,7 @@ def measure_packing() -> list[dict[str, Any]]:
 
 
 def random_codes(qtype: str, shape: tuple[int, int]) -> Array:
-    """Draws uniformly distributed codes of a type."""
+    """Draw uniformly distributed codes of a type."""
     steps = jax.random.normal(jax.random.key(FLAGS.seed), shape)
     low, high = quantization.code_range(qtype)
     if qtype == "ternary34":
@@ -157,19 +157,19 @@ def random_codes(qtype: str, shape: tuple[int, int]) -> Array:
 
 
 def random_weights() -> list[Array]:
-    """Returns float32 weights of the chain."""
+    """Return float32 weights of the chain."""
     keys = jax.random.split(jax.random.key(FLAGS.seed), FLAGS.layers)
     shape = (FLAGS.width, FLAGS.width)
     return [jax.random.normal(key, shape) * FLAGS.width**-0.5 for key in keys]
 
 
 def random_rows(rows: int) -> Array:
-    """Returns random input activations of the chain."""
+    """Return random input activations of the chain."""
     return jax.random.normal(jax.random.key(FLAGS.seed + 1), (rows, FLAGS.width))
 
 
 def measure(products: list[Product]) -> dict[str, list[float]]:
-    """Measures the seconds of each product in each round; slow ones run in the first few only."""
+    """Measure the seconds of each product in each round; slow ones run in the first few only."""
     chosen = [p for i, p in enumerate(products) if not i or _wanted(p.name)]
     first = {p.name: (p.run(), min(_timed(p) for _ in "12"))[1] for p in chosen}
     limit = SLOW * first[chosen[0].name]
@@ -190,7 +190,7 @@ def _timed(product: Product) -> float:
 def summarize(
     products: list[Product], seconds: dict[str, list[float]], bandwidth: float
 ) -> list[dict[str, Any]]:
-    """Returns one row per product; ratios are medians over rounds."""
+    """Return one row per product; ratios are medians over rounds."""
     reference, rows = np.array(seconds[products[0].name]), []
     for product in products:
         if product.name not in seconds:
@@ -213,7 +213,7 @@ def summarize(
 
 
 def measure_decoding(shape: str) -> dict[str, float]:
-    """Measures milliseconds per greedy step of a complete model, by format of its weights."""
+    """Measure milliseconds per greedy step of a complete model, by format of its weights."""
     config, milliseconds = text_only(preset(shape)), {}
     model = MultimodalGLM(config)
     tokens = jnp.zeros((1, 2), jnp.int32)

@@ -46,7 +46,7 @@ WARM_RATIO = 2
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_string("checkpoint", None, "Directory of the checkpoint to load.", required=True)
     flags.DEFINE_string("out", None, "JSON file for the results.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing --out file.")
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare() -> None:
-    """Runs the readers in turns, prints a table, writes the log, and checks the limits."""
+    """Run the readers in turns, print a table, write the log, and check the limits."""
     # Not at the top: a reader's process should import only what the reader needs.
     from glm_edge.cli.console import bar, print_table
     from glm_edge.cli.corpora import check_absent, write_text
@@ -107,7 +107,7 @@ def compare() -> None:
 
 
 def chosen_readers(names: Sequence[str]) -> list[str]:
-    """Returns the readers with installed packages, glm_edge first.
+    """Return the readers with installed packages, glm_edge first.
 
     Raises:
       DataError: a name is unknown, or no safetensors reader is selected and installed.
@@ -127,7 +127,7 @@ def chosen_readers(names: Sequence[str]) -> list[str]:
 
 
 def read_once(directory: Path) -> int:
-    """Reads the files once, so that they are in the page cache.
+    """Read the files once, so that they are in the page cache.
 
     Args:
       directory: directory of the checkpoint.
@@ -147,7 +147,7 @@ def read_once(directory: Path) -> int:
 
 
 def shards(directory: Path) -> list[Path]:
-    """Returns the safetensors files of a directory, in order."""
+    """Return the safetensors files of a directory, in order."""
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(f"{directory}: contains no safetensors files")
@@ -155,7 +155,7 @@ def shards(directory: Path) -> list[Path]:
 
 
 def in_new_process(reader: str) -> dict[str, float]:
-    """Runs a reader in a fresh Python.
+    """Run a reader in a fresh Python.
 
     Raises:
       DataError: the reader failed; the message contains its last line.
@@ -170,7 +170,7 @@ def in_new_process(reader: str) -> dict[str, float]:
 
 
 def measure(reader: str, directory: Path) -> dict[str, float]:
-    """Runs a reader in this process.
+    """Run a reader in this process.
 
     Args:
       reader: a key of `READERS`.
@@ -191,12 +191,12 @@ def measure(reader: str, directory: Path) -> dict[str, float]:
 
 
 def use_memory(size: int) -> None:
-    """Allocates and writes `size` bytes in another process, which then ends."""
+    """Allocate and write `size` bytes in another process, which then ends."""
     subprocess.run([sys.executable, "-c", f"import numpy; numpy.ones({size}, 'u1')"], check=False)
 
 
 def peak_bytes() -> int:
-    """Returns the peak RSS of this process in bytes, including pages of mapped files.
+    """Return the peak RSS of this process in bytes, including pages of mapped files.
 
     Raises:
       DataError: the system does not provide the value; Linux does.
@@ -269,7 +269,7 @@ READERS: dict[str, tuple[Callable[[Path], Callable[[], Any]], tuple[str, ...]]] 
 
 
 def summary(runs: dict[str, list[dict[str, float]]], size: int) -> dict[str, Any]:
-    """Returns the medians, the ratios and the results of the limits.
+    """Return the medians, the ratios and the results of the limits.
 
     Args:
       runs: results of `measure` per run, by reader.
@@ -300,7 +300,7 @@ def summary(runs: dict[str, list[dict[str, float]]], size: int) -> dict[str, Any
 
 
 def provenance() -> dict[str, Any]:
-    """Describes the run, without paths of the machine."""
+    """Describe the run, without paths of the machine."""
     from experiments.common.provenance import provenance_of, versions_of
 
     checkpoint = f"--checkpoint={Path(FLAGS.checkpoint).name}"

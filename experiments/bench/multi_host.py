@@ -36,7 +36,7 @@ TOLERANCE = 1e-4
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_string("checkpoint", None, "Directory of a checkpoint; default: shipped nano.")
     flags.DEFINE_integer("launch", 0, "Number of processes to start on this machine's CPU.", 0)
     flags.DEFINE_integer(
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def join_processes(coordinator: str | None, processes: int | None, index: int | None) -> None:
-    """Joins all processes into one JAX run; None asks the cluster.
+    """Join all processes into one JAX run; None asks the cluster.
 
     Raises:
       ConfigError: the processes lack distinct ids, or cannot connect.
@@ -78,7 +78,7 @@ def join_processes(coordinator: str | None, processes: int | None, index: int | 
 
 
 def start_processes(processes: int, devices: int) -> int:
-    """Starts processes of this script; returns the first nonzero exit status."""
+    """Start processes of this script; return the first nonzero exit status."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -105,7 +105,7 @@ def start_processes(processes: int, devices: int) -> int:
 
 
 def run_sharded() -> tuple[np.ndarray, np.ndarray]:
-    """Computes logits and tokens on the complete mesh, on every process."""
+    """Compute logits and tokens on the complete mesh, on every process."""
     mesh = make_mesh(FLAGS.model_ways)
     rules = sharding.FULLY_SHARDED if FLAGS.fully_sharded else sharding.RULES
     model, params = ge.load(checkpoint(), mesh=mesh, rules=rules)
@@ -125,7 +125,7 @@ def run_sharded() -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_mesh(model_ways: int) -> jax.sharding.Mesh:
-    """Returns all devices of all processes as (`data`, `model`)."""
+    """Return all devices of all processes as (`data`, `model`)."""
     devices = jax.device_count()
     model_devices = model_ways or devices
     if devices % model_devices:
@@ -134,7 +134,7 @@ def make_mesh(model_ways: int) -> jax.sharding.Mesh:
 
 
 def forward(model: Any, params: Any) -> tuple[jax.Array, jax.Array]:
-    """Computes logits [rows, length, V] of random prompts, and the tokens that follow them."""
+    """Compute logits [rows, length, V] of random prompts, and the tokens that follow them."""
     rng = np.random.default_rng(FLAGS.seed)
     size = (FLAGS.rows, FLAGS.length)
     tokens = rng.integers(0, model.config.decoder.vocab_size, size, np.int32)
@@ -143,7 +143,7 @@ def forward(model: Any, params: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def report(logits: np.ndarray, tokens: np.ndarray) -> None:
-    """Prints tokens and, with --compare, their difference from those of one device."""
+    """Print tokens and, with --compare, their difference from those of one device."""
     if jax.process_index():
         return
     for row in tokens:
@@ -159,7 +159,7 @@ def report(logits: np.ndarray, tokens: np.ndarray) -> None:
 
 
 def checkpoint() -> Any:
-    """Returns the directory of the checkpoint."""
+    """Return the directory of the checkpoint."""
     return FLAGS.checkpoint or ge.shipped()
 
 

@@ -71,7 +71,7 @@ PEERS = ("qwix", "ggml", "torchao", "ai_edge", "gptqmodel", "auto_round")
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     define_shared_flags()
     flags.DEFINE_string("ggml_library", None, "Path of llama.cpp's libggml-base.so (dylib, dll).")
     for peer in PEERS:
@@ -81,7 +81,7 @@ def define_flags() -> None:
 
 
 def define_shared_flags() -> None:
-    """Defines the flags of measurement, calibration and selection."""
+    """Define the flags of measurement, calibration and selection."""
     flags.DEFINE_string(
         "out_dir", None, "Output directory, with one JSON file per method.", required=True
     )
@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def chosen_methods(pattern: str, methods: Sequence[Method] = METHODS) -> list[Method]:
-    """Returns the methods whose names match, and always float32.
+    """Return the methods whose names match, and always float32.
 
     Raises:
       DataError: the pattern is not a regular expression, or matches nothing.
@@ -144,7 +144,7 @@ def measure(
     results: Path,
     columns: Columns,
 ) -> None:
-    """Runs methods; each row is printed and written before the next method starts.
+    """Run methods; each row is printed and written before the next method starts.
 
     Args:
       run: function that returns the row of a method, or None if the method is not available.
@@ -164,7 +164,7 @@ def measure(
 
 
 def run_settings() -> dict[str, Any]:
-    """Returns the settings that all rows of a table share, with a checksum of the text."""
+    """Return the settings that all rows of a table share, with a checksum of the text."""
     names = ("text_tokens", "calibration_windows", "calibration_screens", "screens", "seed")
     settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
     for name in ("text", "calibration_text"):
@@ -176,7 +176,7 @@ def run_settings() -> dict[str, Any]:
 
 
 def finished(results: Path, method: Method, settings: dict[str, Any]) -> bool:
-    """Returns True for a method that has a result.
+    """Return True for a method that has a result.
 
     Raises:
       OutputError: the result was measured with different settings.
@@ -195,7 +195,7 @@ def finished(results: Path, method: Method, settings: dict[str, Any]) -> bool:
 
 
 def slug(method: Method) -> str:
-    """Returns the file name of a method."""
+    """Return the file name of a method."""
     return re.sub(r"[^a-z0-9_.]+", "-", method.name.lower())
 
 
@@ -224,18 +224,18 @@ class Gathered:
     utterances: Sequence[Any]
 
     def texts(self, count: int, size: int = 8) -> list[dict[str, Any]]:
-        """Draws calibration batches of text."""
+        """Draw calibration batches of text."""
         return calibration_data.token_batches(self.learned, count, size)
 
     def screens(self, count: int) -> list[dict[str, Any]]:
-        """Draws calibration batches of four screens."""
+        """Draw calibration batches of four screens."""
         return calibration_data.screen_batches(
             self.model.config, self.tokenizer, self.utterances, FLAGS.digits_dir, FLAGS.seed, count
         )
 
 
 def gather() -> Gathered:
-    """Loads the shipped model and reads the data that the flags name."""
+    """Load the shipped model and read the data that the flags name."""
     checkpoint = ge.shipped("nano")
     model, params = ge.load(checkpoint, dtype="float32")
     tokenizer = ge.load_tokenizer(checkpoint)
@@ -282,7 +282,7 @@ class Bench:
         self.fp32 = self.scorer.score(self.model, self.params)["perplexity"]
 
     def run(self, method: Method) -> dict[str, Any] | None:
-        """Quantizes by a method and scores the result; returns None if the peer is absent."""
+        """Quantize by a method and score the result; return None if the peer is absent."""
         start = time.perf_counter()
         quantized = {REFERENCE: self._reference, OURS: self._ours}.get(method.peer, self._peer)
         selected = quantized(method)
@@ -348,7 +348,7 @@ class Bench:
         return self.model, params, meta
 
     def _quantize(self, method: Method, **fields: Any) -> dict[str, Any] | None:
-        """Asks a peer; None, with its reason printed and its output in a log, where it fails."""
+        """Ask a peer; None, with its reason printed and its output in a log, where it fails."""
         python = None if method.peer == OURS else FLAGS[f"{method.peer}_python"].value
         try:
             module = f"experiments.bench.peers.{method.peer}"
@@ -362,7 +362,7 @@ class Bench:
             return None
 
     def _write(self, texts: list[dict[str, Any]], screens: list[dict[str, Any]]) -> None:
-        """Writes weights, calibration batches and inputs of layers for all peers."""
+        """Write weights, calibration batches and inputs of layers for all peers."""
         (self.work / "calibration").mkdir(parents=True, exist_ok=True)
         for index, batch in enumerate(alternate(texts, screens)):
             np.savez(self.work / "calibration" / f"{index:03d}.npz", **batch)
@@ -386,7 +386,7 @@ class Bench:
         )  # fmt: skip
 
     def _write_training(self) -> None:
-        """Writes batches of four rows, a fifth of them screens, for methods that train."""
+        """Write batches of four rows, a fifth of them screens, for methods that train."""
         (self.work / "training").mkdir(parents=True, exist_ok=True)
         for index, batch in enumerate(training_batches(self.data)):
             np.savez(self.work / "training" / f"{index:05d}.npz", **batch)
@@ -396,7 +396,7 @@ class Bench:
 
 
 def training_batches(data: Gathered) -> list[dict[str, Any]]:
-    """Draws batches of four rows: --training_windows of text, and a quarter as many of screens.
+    """Draw batches of four rows: --training_windows of text, and a quarter as many of screens.
 
     Half of the screen batches are drawn and then used twice, so that a fifth of all batches are
     screens.
@@ -409,7 +409,7 @@ def training_batches(data: Gathered) -> list[dict[str, Any]]:
 def sown_inputs(
     model: Any, params: Any, batch: dict[str, Any], paths: Collection[str]
 ) -> dict[str, np.ndarray]:
-    """Returns the input rows float32 [N, in] of some matrices."""
+    """Return the input rows float32 [N, in] of some matrices."""
     sown = boxes.path_items(_sown_inputs(model, params, batch)["inputs"])
     rows = {path.replace("/rows", "/weight").removesuffix("/0"): leaf for path, leaf in sown}
     return {path: np.asarray(rows[path], np.float32) for path in paths}
@@ -422,19 +422,19 @@ def _sown_inputs(model, params, batch):
 
 
 def alternate(first: list[Any], second: list[Any]) -> list[Any]:
-    """Interleaves two lists, and appends the remaining items of the longer one."""
+    """Interleave two lists, and append the remaining items of the longer one."""
     longest = max(len(first), len(second))
     return [x for i in range(longest) for x in (*first[i : i + 1], *second[i : i + 1])]
 
 
 def rows_found(results: Path, methods: Sequence[Method]) -> list[dict[str, Any]]:
-    """Returns the rows of the methods that have a result, in their order."""
+    """Return the rows of the methods that have a result, in their order."""
     paths = [results / f"{slug(method)}.json" for method in methods]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
 def conclude(directory: Path, results: Path) -> None:
-    """Writes table, report and figure of all results, in the order of METHODS."""
+    """Write table, report and figure of all results, in the order of METHODS."""
     rows = rows_found(results, METHODS)
     table = text_table(titles(), [cells(row) for row in rows])
     ahead = unreached(rows)
@@ -450,7 +450,7 @@ def conclude(directory: Path, results: Path) -> None:
 
 
 def circumstances(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Describes the run of the rows: settings, commit, machine, and versions including peers'."""
+    """Describe the run of the rows: settings, commit, machine, and versions including peers'."""
     versions: dict[str, str] = {}
     for row in rows:
         versions |= row["versions"] or {}

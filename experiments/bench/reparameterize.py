@@ -33,7 +33,7 @@ MODELS = ("repvgg_a2", "repvgg_b1", "resnet_50", "mobilenet_v1", "mobilenet_v2_1
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_list("models", list(MODELS), "Presets of glm_edge.models.cnn to time.")
     flags.DEFINE_integer("rounds", 15, "Number of measurements of each side.", 1)
     flags.DEFINE_integer("threads", 2, "Number of LiteRT threads; JAX uses all available cores.", 1)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(config: Any, rounds: int, threads: int, seed: int) -> dict[str, Any]:
-    """Measures one model before and after.
+    """Measure one model before and after.
 
     Args:
       config: configuration of `glm_edge.models.cnn`.

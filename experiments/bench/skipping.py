@@ -60,7 +60,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_enum("preset", "quick", list(skipping_eval.PRESETS), "Size of the measurement.")
     skipping_eval.define_flags()
     flags.DEFINE_list("exits", ["3"], "Layers after which a token may exit.")
@@ -147,7 +147,7 @@ HEADER = [
 
 
 def cells(row: SweepRow, first: SweepRow) -> list[str]:
-    """Returns a row as text, in the order of HEADER."""
+    """Return a row as text, in the order of HEADER."""
     return [
         row.name,
         f"{row.accuracy:.1%}",
@@ -161,7 +161,7 @@ def cells(row: SweepRow, first: SweepRow) -> list[str]:
 
 
 def as_csv(rows: Sequence[SweepRow]) -> str:
-    """Returns all values as CSV, unrounded."""
+    """Return all values as CSV, unrounded."""
     text = io.StringIO()
     names = [field.name for field in dataclasses.fields(SweepRow)]
     writer = csv.DictWriter(text, names, lineterminator="\n")

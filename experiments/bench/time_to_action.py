@@ -71,7 +71,7 @@ CACHE_BYTES = 4
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_string("work_dir", None, "Working directory for the models.", required=True)
     flags.DEFINE_enum("shape", "mobile", ["mobile", "tiny", "nano", "toy"], "Measured model.")
     flags.DEFINE_list("forms", ["int8", "int4"], "Formats of the measured model.")
@@ -127,21 +127,21 @@ def main(argv: Sequence[str]) -> None:
 
 
 def seeing(name: str) -> GLMConfig:
-    """Returns a shape with its vision encoder and without its speech encoder."""
+    """Return a shape with its vision encoder and without its speech encoder."""
     if name == "toy":
         return dataclasses.replace(TOY, vision=TOY_VISION, image_token_id=1)
     return dataclasses.replace(preset(name), speech=None, audio_token_id=None)
 
 
 def features_of(vision: VisionConfig) -> tuple[int, int]:
-    """Returns the number of an image's patches, and of the features that the decoder reads."""
+    """Return the number of an image's patches, and of the features that the decoder reads."""
     rows, columns = (extent // vision.patch_stride for extent in vision.image_size)
     patches = rows * columns
     return patches, patches // vision.merge_size**2 + 2 * vision.boundary_embeddings
 
 
 def measured(work: Path) -> dict[str, Any]:
-    """Runs every format in turn; returns the seconds of each part by format."""
+    """Run every format in turn; return the seconds of each part by format."""
     config = seeing(FLAGS.shape)
     features = features_of(config.vision)[1]
     prompt = features + FLAGS.text_tokens
@@ -189,7 +189,7 @@ def measured(work: Path) -> dict[str, Any]:
 
 
 def prepared(config: GLMConfig) -> dict[str, Any]:
-    """Times the steps before and after the model.
+    """Time the steps before and after the model.
 
     Args:
       config: configuration of the measured model.
@@ -233,7 +233,7 @@ def prepared(config: GLMConfig) -> dict[str, Any]:
 
 
 def sources() -> str:
-    """Names the sources of the estimated device's values."""
+    """Name the sources of the estimated device's values."""
     named = [name for name in ("device", "bandwidth_gbs", "tops") if FLAGS[name].present]
     return FLAGS.sources or (f"as set by --{', --'.join(named)}" if named else SOURCES)
 
@@ -258,7 +258,7 @@ class Device:
 def paper(
     config: GLMConfig, form: str, text_tokens: int, action_tokens: int, device: Device
 ) -> dict[str, Any]:
-    """Estimates bytes and operations of each part, and their seconds on a device.
+    """Estimate bytes and operations of each part, and their seconds on a device.
 
     Args:
       config: configuration of a model with a vision encoder.
@@ -333,7 +333,7 @@ def paper(
 
 
 def runtimes(work: Path) -> dict[str, Any]:
-    """Measures start-up, latency and size of nano in LiteRT and MNN."""
+    """Measure start-up, latency and size of nano in LiteRT and MNN."""
     config = dataclasses.replace(
         preset("nano"), vision=None, speech=None, image_token_id=None, audio_token_id=None
     )
@@ -383,7 +383,7 @@ def runtimes(work: Path) -> dict[str, Any]:
 
 
 def tidy(work: Path) -> None:
-    """Removes the models unless --keep is set."""
+    """Remove the models unless --keep is set."""
     if FLAGS.keep:
         return
     for path in (*work.glob("action_*"), work / "packed"):
@@ -394,12 +394,12 @@ def tidy(work: Path) -> None:
 
 
 def verdicts(seconds: float) -> list[str]:
-    """Compares seconds with each claim."""
+    """Compare seconds with each claim."""
     return ["reached" if seconds <= claim else "missed" for claim in CLAIMS_S]
 
 
 def show_measured(results: dict[str, Any]) -> None:
-    """Prints the measured table."""
+    """Print the measured table."""
     rows = []
     for form, facts in results["forms"].items():
         totals = [
@@ -432,7 +432,7 @@ def show_measured(results: dict[str, Any]) -> None:
 
 
 def show_paper(results: dict[str, Any]) -> None:
-    """Prints the estimated table."""
+    """Print the estimated table."""
     print()
     rows = [
         [
@@ -457,7 +457,7 @@ def show_paper(results: dict[str, Any]) -> None:
 
 
 def show_runtimes(results: dict[str, Any]) -> None:
-    """Prints the table of runtimes."""
+    """Print the table of runtimes."""
     print()
     rows = []
     for name, facts in results.items():

@@ -17,7 +17,7 @@ Batch = dict[str, Any]
 
 
 def text_batches(tokenizer: Tokenizer, text: str, count: int, size: int = 8) -> list[Batch]:
-    """Cuts text into `count` batches of `size` evenly spaced windows each.
+    """Cut text into `count` batches of `size` evenly spaced windows each.
 
     Args:
       tokenizer: tokenizer of the model.
@@ -32,7 +32,7 @@ def text_batches(tokenizer: Tokenizer, text: str, count: int, size: int = 8) -> 
 
 
 def token_batches(ids: np.ndarray, count: int, size: int = 8) -> list[Batch]:
-    """Makes batches like `text_batches` from token ids; a short text is repeated to fill one."""
+    """Make batches like `text_batches` from token ids; a short text is repeated to fill one."""
     windows = np.resize(ids, (max(len(ids) // WINDOW, size), WINDOW)).astype(np.int32)
     batches = min(count, len(windows) // size)
     chosen = windows[np.linspace(0, len(windows) - 1, batches * size).astype(int)]
@@ -48,7 +48,7 @@ def screen_batches(
     count: int,
     screens: int = 4,
 ) -> list[Batch]:
-    """Draws `count` batches of screens with several questions each, with equal shapes.
+    """Draw `count` batches of screens with several questions each, with equal shapes.
 
     With recordings, every other batch shows keypads, and half of its questions are spoken.
 
@@ -77,7 +77,7 @@ def screen_batches(
 
 
 def as_batch(drawn: dict[str, np.ndarray], layout: Layout, config: GLMConfig) -> Batch:
-    """Converts rows of questions to a calibration batch for `glm_edge.compress`."""
+    """Convert rows of questions to a calibration batch for `glm_edge.compress`."""
     rows = np.arange(len(drawn["tokens"]))[:, None, None]
     loss_mask = np.zeros(drawn["tokens"].shape, np.float32)
     np.add.at(loss_mask, (rows, drawn["slots"]), drawn["weights"])

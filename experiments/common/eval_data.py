@@ -52,7 +52,7 @@ def gather(
     seed: int,
     calibration_batches: int,
 ) -> EvalData:
-    """Draws screens, reads text and recordings, and makes calibration batches.
+    """Draw screens, read text and recordings, and make calibration batches.
 
     Args:
       config: configuration of the model.
@@ -108,7 +108,7 @@ def gather(
 
 
 def split_text(path: str | None) -> tuple[str, str]:
-    """Returns the text for calibration and the text for evaluation.
+    """Return the text for calibration and the text for evaluation.
 
     Args:
       path: UTF-8 file, whose first third is for calibration and whose rest is for evaluation. None
@@ -127,7 +127,7 @@ def split_text(path: str | None) -> tuple[str, str]:
 def recordings(
     folder: str | None, speakers: Sequence[str], seed: int
 ) -> tuple[list[speech.Utterance], list[speech.Utterance], list[str]]:
-    """Returns recordings for evaluation and calibration, with disjoint speakers, and notes.
+    """Return recordings for evaluation and calibration, with disjoint speakers, and notes.
 
     Calibration uses the other speakers of a folder, and synthetic voices.
     """
@@ -147,7 +147,7 @@ def recordings(
 def split_folder(
     folder: str, speakers: Sequence[str]
 ) -> tuple[list[speech.Utterance], list[speech.Utterance]]:
-    """Returns a folder's recordings by some speakers, or by all, and those by the others."""
+    """Return a folder's recordings by some speakers, or by all, and those by the others."""
     recorded = speech.fsdd_folder(folder)
     if not speakers or set(speakers) == {u.speaker for u in recorded}:
         return recorded, []

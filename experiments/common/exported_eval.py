@@ -18,17 +18,17 @@ VERIFY_ITEMS = 24
 
 
 def prefill_lengths(context: int) -> tuple[int, ...]:
-    """Returns the prefill lengths: one for prompts, one for complete windows of text."""
+    """Return the prefill lengths: one for prompts, one for complete windows of text."""
     return tuple(sorted({min(128, context), min(WINDOW, context)}))
 
 
 def cache_slots(context: int) -> int:
-    """Returns the number of cache slots for a window of text, or a prompt with its answer."""
+    """Return the number of cache slots for a window of text, or a prompt with its answer."""
     return min(WINDOW + 32, context)
 
 
 def answers(phone: Any, tokenizer: Any, items: Sequence[tap_items.Item], label: str) -> list[str]:
-    """Generates the file's greedy answer to each item, one at a time as on a phone."""
+    """Generate the file's greedy answer to each item, one at a time as on a phone."""
     texts = []
     for item in bar(label)(items):
         generated = phone.generate(
@@ -45,7 +45,7 @@ def verification_windows(
     items: Sequence[tap_items.Item],
     texts: Sequence[str],
 ) -> list[Any]:
-    """Collects windows for the verification of a file: held-out text, and answers to questions.
+    """Collect windows for the verification of a file: held-out text, and answers to questions.
 
     Only the coordinates of an answer count, since the grammar forces its other tokens.
     """
@@ -66,7 +66,7 @@ def verification_windows(
 
 
 def decode_latency_ms(phone: Any) -> float:
-    """Measures the median milliseconds of one decoding step of the file after a prompt."""
+    """Measure the median milliseconds of one decoding step of the file after a prompt."""
     slots = phone.cache_slots
     tokens = np.zeros(slots - DECODE_STEPS, np.int32)
     _, cache = phone.extend(phone.embed(tokens), 0, phone.empty_cache())

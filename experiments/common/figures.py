@@ -29,7 +29,7 @@ DECODED = {
 
 
 def pareto(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the quality of each compression stage against its size.
+    """Draw the quality of each compression stage against its size.
 
     Args:
       rows: rows of the quickstart's report.
@@ -61,7 +61,7 @@ def pareto(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def training_curve(stages: Sequence[Path], path: Path) -> None:
-    """Draws the training curves on held-out data, with one panel per stage.
+    """Draw the training curves on held-out data, with one panel per stage.
 
     Args:
       stages: CSV files of the stages with step, minutes, name, value.
@@ -88,7 +88,7 @@ def training_curve(stages: Sequence[Path], path: Path) -> None:
 
 
 def skipping_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws accuracy and tokens per second of each skipping method against its threshold.
+    """Draw accuracy and tokens per second of each skipping method against its threshold.
 
     Args:
       rows: rows of `experiments.bench.skipping`; the first is without skipping.
@@ -126,7 +126,7 @@ MARKERS = {"tap_in_box_text": "o", "tap_in_box_speech": "s"}
 def _stages(
     axis: Any, rows: Sequence[dict[str, Any]], names: dict[str, str], lower_is_better: bool
 ) -> None:
-    """Draws one point per stage, the Pareto front, and separated labels."""
+    """Draw one point per stage, the Pareto front, and separated labels."""
     points: list[tuple[float, float, str]] = []
     for name, label in names.items():
         scored = [row for row in rows if row[name] is not None]
@@ -155,7 +155,7 @@ def _stages(
 def front(
     points: Sequence[tuple[float, float]], lower_is_better: bool
 ) -> list[tuple[float, float]]:
-    """Finds the Pareto front: points for which no smaller or equal one has a better value.
+    """Find the Pareto front: points for which no smaller or equal one has a better value.
 
     Args:
       points: pairs `(size, value)`.
@@ -175,7 +175,7 @@ def front(
 def label_heights(
     points: Sequence[tuple[float, float, str]], width: float, height: float
 ) -> list[float]:
-    """Finds heights at which the labels of points do not overlap.
+    """Find heights at which the labels of points do not overlap.
 
     Args:
       points: triples `(x, y, label)`; a label is to the right of its point.
@@ -199,7 +199,7 @@ def label_heights(
 
 
 def headline(quality: dict[str, Any], speed: dict[str, Any], path: Path) -> None:
-    """Draws README's picture: perplexity against bits, and tokens per second.
+    """Draw README's picture: perplexity against bits, and tokens per second.
 
     Args:
       quality: log of `experiments.bench.quality`.
@@ -241,7 +241,7 @@ def headline(quality: dict[str, Any], speed: dict[str, Any], path: Path) -> None
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_string("out", str(RESULTS / "headline.png"), "PNG file for the figure.")
 
 

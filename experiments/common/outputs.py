@@ -7,7 +7,7 @@ from glm_edge.errors import OutputError
 
 
 def prepare_directory(directory: Path, overwrite: bool, result: str = "report.json") -> Path:
-    """Creates the directory of --out_dir.
+    """Create the directory of --out_dir.
 
     Args:
       directory: path of the directory.

@@ -23,7 +23,7 @@ def provenance_of(
     placeholders: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Describes this run.
+    """Describe this run.
 
     Args:
       script: module of `experiments`, such as `bench.export`.
@@ -44,7 +44,7 @@ def provenance_of(
 
 
 def command_of(script: str, names: Sequence[str] = (), placeholders: Sequence[str] = ()) -> str:
-    """Returns the command that repeats this run.
+    """Return the command that repeats this run.
 
     Args:
       script: module of `experiments`.
@@ -61,7 +61,7 @@ def command_of(script: str, names: Sequence[str] = (), placeholders: Sequence[st
 
 
 def peers_of(names: Sequence[str]) -> list[str]:
-    """Lists the flags of the peers whose interpreters this run received.
+    """List the flags of the peers whose interpreters this run received.
 
     Args:
       names: names of peers; the interpreter flag of `llama` is `llama_python`.
@@ -70,7 +70,7 @@ def peers_of(names: Sequence[str]) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """Describes the machine: system, cores, processor, memory, and current load."""
+    """Describe the machine: system, cores, processor, memory, and current load."""
     return {
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "processor": processor(),
@@ -80,7 +80,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Returns the processor's model name, or its architecture if Linux has no name."""
+    """Return the processor's model name, or its architecture if Linux has no name."""
     if CPU_INFO.exists():
         for line in CPU_INFO.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -89,7 +89,7 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """Returns the commit of this file's checkout, or None without git."""
+    """Return the commit of this file's checkout, or None without git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -99,7 +99,7 @@ def commit() -> str | None:
 
 
 def versions_of(packages: Sequence[str]) -> dict[str, str]:
-    """Returns the versions of the installed packages.
+    """Return the versions of the installed packages.
 
     Args:
       packages: names of distributions.

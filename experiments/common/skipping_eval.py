@@ -38,7 +38,7 @@ flags.disclaim_key_flags()
 
 
 def define_flags() -> None:
-    """Defines the flags of the model and of the size of the measurement."""
+    """Define the flags of the model and of the size of the measurement."""
     flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
     flags.DEFINE_integer("screens", None, "Number of questions; default: the preset's.", 1)
     flags.DEFINE_integer(
@@ -52,13 +52,13 @@ def define_flags() -> None:
 
 
 def size() -> dict[str, int]:
-    """Returns the numbers of questions, rounds and batches, from preset or flags."""
+    """Return the numbers of questions, rounds and batches, from preset or flags."""
     preset = dict(PRESETS[FLAGS.preset])
     return preset | {n: v for n in ("screens", "rounds") if (v := FLAGS[n].value) is not None}
 
 
 def floats(name: str) -> list[float]:
-    """Parses a flag with a list of numbers.
+    """Parse a flag with a list of numbers.
 
     Raises:
       DataError: an item is not a number.
@@ -70,13 +70,13 @@ def floats(name: str) -> list[float]:
 
 
 def opened() -> tuple[MultimodalGLM, Any, Tokenizer]:
-    """Returns the model of --checkpoint in float32, its parameters and its tokenizer."""
+    """Return the model of --checkpoint in float32, its parameters and its tokenizer."""
     checkpoint, model, params = stage_eval.opened(FLAGS.checkpoint)
     return model, params, ge.load_tokenizer(checkpoint)
 
 
 def run(model: Any, tokenizer: Tokenizer, settings: Sequence[Setting]) -> list[SweepRow]:
-    """Runs the same questions in every setting, and times the settings alternately."""
+    """Run the same questions in every setting, and time the settings alternately."""
     amount = size()
     questions, score = questions_of(
         model, tokenizer, amount["screens"], FLAGS.seed, FLAGS.digits_dir
@@ -95,7 +95,7 @@ def run(model: Any, tokenizer: Tokenizer, settings: Sequence[Setting]) -> list[S
 def exit_settings(
     model: Any, params: Any, after: Sequence[int], thresholds: Sequence[float], maps: Any = None
 ) -> list[Setting]:
-    """Makes settings of early exit at several thresholds.
+    """Make settings of early exit at several thresholds.
 
     Args:
       model: the model.
@@ -117,7 +117,7 @@ def exit_settings(
 def neuron_settings(
     model: Any, params: Any, keep: Sequence[float], thresholds: Sequence[float] = ()
 ) -> list[Setting]:
-    """Makes settings of neuron skipping by kept fraction (`keep`) and gate threshold (`gate`)."""
+    """Make settings of neuron skipping by kept fraction (`keep`) and gate threshold (`gate`)."""
     shares = [
         Setting(f"keep {value:g}", skip_neurons(model, params, value), None, value)
         for value in keep
@@ -129,7 +129,7 @@ def neuron_settings(
 
 
 def vision_settings(model: Any, params: Any, keep: Sequence[float]) -> list[Setting]:
-    """Makes settings that keep fractions of an image's tokens, by the text's attention."""
+    """Make settings that keep fractions of an image's tokens, by the text's attention."""
     return [
         Setting(f"vision {value:g}", params, None, value, drop_vision_tokens(model, value))
         for value in keep
@@ -139,7 +139,7 @@ def vision_settings(model: Any, params: Any, keep: Sequence[float]) -> list[Sett
 def fitted_maps(
     model: Any, params: Any, tokenizer: Tokenizer, after: Sequence[int]
 ) -> dict[str, dict[str, jax.Array]]:
-    """Fits maps for exits on text and, for a model with vision, on screens."""
+    """Fit maps for exits on text and, for a model with vision, on screens."""
     count = size()["batches"]
     data = calibration_data.text_batches(tokenizer, eval_data.split_text(None)[0], count)
     if model.config.vision is not None:
@@ -151,7 +151,7 @@ def fitted_maps(
 def questions_of(
     model: Any, tokenizer: Tokenizer, count: int, seed: int, digits_dir: str | None
 ) -> tuple[list[dict[str, Any]], Any]:
-    """Returns questions in batches, and the function that scores the answers to them.
+    """Return questions in batches, and the function that scores the answers to them.
 
     The score is taps in the box, or, for a model without vision, the fraction of tokens that equal
     those of the first setting.
@@ -182,7 +182,7 @@ def questions_of(
 
 
 def half_depth(model: Any, params: Any) -> list[Setting]:
-    """Makes a setting in which every token exits at half the depth."""
+    """Make a setting in which every token exits at half the depth."""
     exits = early_exit(model, [model.config.decoder.num_layers // 2], 0.0)
     return [Setting("exit at half", params, exits)]
 
@@ -190,7 +190,7 @@ def half_depth(model: Any, params: Any) -> list[Setting]:
 def time_shape(
     name: str, rounds: int, seed: int, settings: Callable[[Any, Any], list[Setting]]
 ) -> list[SweepRow]:
-    """Times the decoder of a preset with random weights, complete and in other settings.
+    """Time the decoder of a preset with random weights, complete and in other settings.
 
     Args:
       name: name of the preset.

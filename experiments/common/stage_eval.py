@@ -44,7 +44,7 @@ class StageEval:
         params: Any,
         reference: tuple[Any, Any] | None = None,
     ) -> dict[str, Any]:
-        """Measures one stage, which is one row of the table."""
+        """Measure one stage, which is one row of the table."""
         taps = {
             kind: tap_eval.answers(
                 model, params, self.data.tokenizer, items, bar(f"{stage}, {kind}")
@@ -58,7 +58,7 @@ class StageEval:
     def measure_exported(
         self, exported: Any, reference: tuple[Any, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Measures an exported file by running it; returns its row, and the comparison with JAX."""
+        """Measure an exported file by running it; return its row, and the comparison with JAX."""
         phone = ge.export.LiteRTModel(exported.path)
         taps = {
             kind: exported_eval.answers(phone, self.data.tokenizer, items, f"exported, {kind}")
@@ -108,7 +108,7 @@ class StageEval:
         }
 
     def tap_loss(self, first: str = "dense", last: str = "quantized") -> dict[str, Any] | None:
-        """Computes the taps lost by compression on the same screens, with their interval."""
+        """Compute the taps lost by compression on the same screens, with their interval."""
         if not self.hits.get(first) or last not in self.hits:
             return None
         return {
@@ -118,7 +118,7 @@ class StageEval:
 
 
 def decode_latency_ms(model: Any, params: Any) -> float:
-    """Measures the median milliseconds of one greedy step of one row at `LATENCY_CONTEXT`."""
+    """Measure the median milliseconds of one greedy step of one row at `LATENCY_CONTEXT`."""
     cache = init_cache(model.config.decoder, 1, 2 * LATENCY_CONTEXT)
     cache["length"] = jnp.int32(LATENCY_CONTEXT)
 
@@ -138,6 +138,6 @@ def decode_latency_ms(model: Any, params: Any) -> float:
 
 
 def opened(directory: str | None) -> tuple[Path, Any, Any]:
-    """Returns the directory of `checkpoint_of`, its model in float32, and the parameters."""
+    """Return the directory of `checkpoint_of`, its model in float32, and the parameters."""
     checkpoint = checkpoint_of(directory)
     return checkpoint, *ge.load(checkpoint, dtype="float32")

@@ -18,7 +18,7 @@ ANSWER_TOKENS = 12
 def answers(
     model: MultimodalGLM, params: Any, tokenizer: Tokenizer, items: Sequence[Item], progress=iter
 ) -> list[str]:
-    """Generates the model's greedy answer to each item.
+    """Generate the model's greedy answer to each item.
 
     Args:
       model: model with vision, and with speech for spoken questions.
@@ -38,18 +38,18 @@ def answers(
 
 
 def answer_text(tokenizer: Tokenizer, ids: np.ndarray, config: GLMConfig) -> str:
-    """Returns the text of generated ids up to the first stop token."""
+    """Return the text of generated ids up to the first stop token."""
     stops = np.flatnonzero(np.isin(ids, config.eos_token_ids))
     answer = ids[: stops[0]] if len(stops) else ids
     return tokenizer.decode([int(i) for i in answer], skip_special_tokens=False)
 
 
 def outcomes(items: Sequence[Item], texts: Sequence[str]) -> dict[str, metrics.Rate | None]:
-    """Returns parse rate, action accuracy, answer accuracy and tap-in-box rate with intervals."""
+    """Return parse rate, action accuracy, answer accuracy and tap-in-box rate with intervals."""
     return metrics.score(zip([i.question for i in items], texts, strict=True))
 
 
 def hits(items: Sequence[Item], texts: Sequence[str]) -> list[float]:
-    """Returns 1.0 for each tap inside its box, 0.0 for others."""
+    """Return 1.0 for each tap inside its box, 0.0 for others."""
     judged = [metrics.judge(i.question, text) for i, text in zip(items, texts, strict=True)]
     return [float(outcome.in_box) for outcome in judged if outcome.in_box is not None]

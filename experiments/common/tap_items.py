@@ -37,7 +37,7 @@ def draw_items(
     utterances: Sequence[speech.Utterance] = (),
     split: str = "eval",
 ) -> list[Item]:
-    """Draws one question for each of `count` screens.
+    """Draw one question for each of `count` screens.
 
     Args:
       count: number of questions.
@@ -71,7 +71,7 @@ def draw_items(
 
 
 def ablate(items: Sequence[Item], ablation: str) -> list[Item]:
-    """Removes inputs on which the answer should depend.
+    """Remove inputs on which the answer should depend.
 
     Args:
       items: the questions.
@@ -95,7 +95,7 @@ def ablate(items: Sequence[Item], ablation: str) -> list[Item]:
 
 
 def prompt(item: Item, config: GLMConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns tokens, image and log-mel frames of one question."""
+    """Return tokens, image and log-mel frames of one question."""
     audio, audio_tokens = None, 0
     if item.samples is not None:
         audio, audio_tokens = mel_of([item.samples], config)[0], config.speech.num_tokens
@@ -107,7 +107,7 @@ def prompt(item: Item, config: GLMConfig, tokenizer: Tokenizer) -> dict[str, Any
 def prompt_batches(
     items: Sequence[Item], config: GLMConfig, tokenizer: Tokenizer, batch: int = BATCH
 ) -> Iterator[dict[str, Any]]:
-    """Yields prompts of `batch` items, left-padded to one length.
+    """Yield prompts of `batch` items, left-padded to one length.
 
     Returns:
       Dictionaries of tokens [B, T], valid [B, T], images, and audio for a model with speech. The
@@ -143,7 +143,7 @@ def prompt_batches(
 
 
 def mel_of(recordings: Sequence[np.ndarray], config: GLMConfig) -> np.ndarray:
-    """Returns log-mel spectrograms [B, num_frames, mel_bins] of recordings, cropped or padded."""
+    """Return log-mel spectrograms [B, num_frames, mel_bins] of recordings, cropped or padded."""
     shape = config.speech
     length = shape.num_frames * shape.hop_length
     rows = [np.pad(r[:length], (0, max(0, length - len(r)))) for r in recordings]

@@ -36,14 +36,14 @@ class Case:
         return (self.folder / "config.json").is_file()
 
     def tolerance(self, output: str) -> float:
-        """Returns the tolerance: 1e-4 plus ten times the reference's rounding noise."""
+        """Return the tolerance: 1e-4 plus ten times the reference's rounding noise."""
         noise = self.meta.get("fp32_vs_fp64_max_abs", {})
         key = output if output in noise else output.replace("greedy_logits", "logits")
         return ABSOLUTE + NOISE_FACTOR * float(noise.get(key, 0.0))
 
 
 def read_case(folder: Path) -> Case:
-    """Reads a case.
+    """Read a case.
 
     Args:
       folder: folder with inputs.npz, outputs.npz and meta.json.
@@ -69,7 +69,7 @@ def read_case(folder: Path) -> Case:
 
 
 def find_cases(folder: Path) -> list[Path]:
-    """Finds the folders of cases under a folder, or the folder itself if it is a case.
+    """Find the folders of cases under a folder, or the folder itself if it is a case.
 
     Raises:
       DataError: there is no case.

@@ -75,12 +75,12 @@ class Report:
         return bool(self.rows) and all(row.passed for row in self.rows)
 
     def of(self, *outputs: str, others: bool = False) -> list[Row]:
-        """Returns the rows of the named outputs, or of all others."""
+        """Return the rows of the named outputs, or of all others."""
         return [row for row in self.rows if (row.name.partition(".")[2] in outputs) != others]
 
 
 def compare(folder: Path) -> Report:
-    """Runs one case.
+    """Run one case.
 
     Args:
       folder: folder of the case.
@@ -168,7 +168,7 @@ def _print(report: Report) -> None:
 
 
 def main(_: list[str]) -> None:
-    """Prints the table; exits with 1 if an output differs, with 2 without a case."""
+    """Print the table; exit with 1 if an output differs, with 2 without a case."""
     try:
         folders = find_cases(Path(DIR.value))
         if CASES.value:

@@ -101,7 +101,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def define_flags() -> None:
-    """Defines this script's flags; other scripts import the functions without them."""
+    """Define this script's flags; other scripts import the functions without them."""
     flags.DEFINE_enum(
         "shape", "glm_edge_1_5b", list(CONFIGS), "Published model whose shapes are used."
     )
@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
 def write(
     config: dict[str, Any], out: str, shard_bytes: float, seed: int, overwrite: bool = False
 ) -> Path:
-    """Writes a checkpoint.
+    """Write a checkpoint.
 
     Args:
       config: fields of config.json.
@@ -159,7 +159,7 @@ def write(
 
 
 def tensor_shapes(config: dict[str, Any]) -> Shapes:
-    """Lists names and shapes of a `glm` or `glm4` decoder's tensors, as published.
+    """List names and shapes of a `glm` or `glm4` decoder's tensors, as published.
 
     Args:
       config: fields of config.json.
@@ -196,7 +196,7 @@ def tensor_shapes(config: dict[str, Any]) -> Shapes:
 
 
 def split(shapes: Shapes, shard_bytes: float) -> list[list[str]]:
-    """Splits tensors, in order, into shards of at most `shard_bytes` or of one tensor."""
+    """Split tensors, in order, into shards of at most `shard_bytes` or of one tensor."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
@@ -209,7 +209,7 @@ def split(shapes: Shapes, shard_bytes: float) -> list[list[str]]:
 
 
 def values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Draws a tensor's values in blocks.
+    """Draw a tensor's values in blocks.
 
     Args:
       name: name of the tensor; values of norms are around 1.

@@ -34,7 +34,7 @@ MEMBERS = DECODERS | ENCODERS
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_string("out_dir", None, "Output folder, with one folder per case.", required=True)
     flags.DEFINE_integer("seed", 0, "Seed of hyperparameters, weights and inputs.")
     flags.DEFINE_integer("cases", 1, "Number of cases per member.", 1)
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def make_case(drawn: Plan, folder: Path, rng: np.random.Generator) -> None:
-    """Writes one case.
+    """Write one case.
 
     Args:
       drawn: drawn model and subcases.
@@ -116,7 +116,7 @@ def make_case(drawn: Plan, folder: Path, rng: np.random.Generator) -> None:
 def _clear_inputs(
     model: Any, drawn: Plan, subcase: str, rng: np.random.Generator
 ) -> tuple[Arrays, Arrays, float]:
-    """Returns inputs, greedy outputs and margin of a subcase with clear greedy tokens."""
+    """Return inputs, greedy outputs and margin of a subcase with clear greedy tokens."""
     from experiments.golden.reference import greedy
 
     for _ in range(TRIES):

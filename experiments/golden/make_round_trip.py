@@ -41,7 +41,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     flags.DEFINE_string(
         "configs", None, "JSON file with an object of config.json contents by name.", required=True
     )
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def build(fields: dict[str, Any], dtype: str = "float32", seed: int = 0) -> tuple[nn.Module, Any]:
-    """Makes a model of a config.json with random weights.
+    """Make a model of a config.json with random weights.
 
     Args:
       fields: fields of config.json.
@@ -90,7 +90,7 @@ def build(fields: dict[str, Any], dtype: str = "float32", seed: int = 0) -> tupl
 
 
 def _draw(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Draws multiples of a power of two, which every type represents exactly."""
+    """Draw multiples of a power of two, which every type represents exactly."""
     rng = np.random.default_rng([seed, *path.encode()])
     if len(shape) > 1:
         scale = 2.0 ** round(1 - math.log2(shape[1]) / 2)
@@ -101,7 +101,7 @@ def _draw(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def draw_inputs(model: nn.Module, seed: int = 1) -> Arrays:
-    """Returns random inputs of a model, under transformers' argument names.
+    """Return random inputs of a model, under transformers' argument names.
 
     Args:
       model: model with a small configuration.
@@ -149,7 +149,7 @@ def draw_inputs(model: nn.Module, seed: int = 1) -> Arrays:
 
 
 def open_with_transformers(directory: Path) -> Any:
-    """Opens a directory in float32 with the class that its config.json names.
+    """Open a directory in float32 with the class that its config.json names.
 
     Args:
       directory: directory of the checkpoint.
@@ -184,7 +184,7 @@ def open_with_transformers(directory: Path) -> Any:
 
 
 def reference_outputs(model: Any, inputs: Arrays) -> Arrays:
-    """Runs a model of transformers.
+    """Run a model of transformers.
 
     Args:
       model: model from `open_with_transformers`.
@@ -205,7 +205,7 @@ def reference_outputs(model: Any, inputs: Arrays) -> Arrays:
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """Describes a Hugging Face directory with one file of weights.
+    """Describe a Hugging Face directory with one file of weights.
 
     Args:
       directory: directory of the checkpoint.

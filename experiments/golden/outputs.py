@@ -22,7 +22,7 @@ from glm_edge.preprocess.patches import from_patches
 
 
 def compute(model: nn.Module, params: Any, inputs: Arrays, greedy_steps: int) -> Arrays:
-    """Runs a model on the inputs of one subcase.
+    """Run a model on the inputs of one subcase.
 
     Args:
       model: model from `glm_edge.load`.
@@ -110,7 +110,7 @@ def _plain_greedy(
     positions: Any,
     steps: int,
 ) -> Arrays:
-    """Generates greedily by complete forward passes that mask the slots of later tokens."""
+    """Generate greedily by complete forward passes that mask the slots of later tokens."""
     batch, length = tokens.shape
     following = np.asarray(positions)[..., -1:] + 1
     if model.config.decoder.mrope_section:
@@ -134,7 +134,7 @@ def _plain_greedy(
 
 
 def _images(config: GLMConfig, inputs: Arrays) -> tuple[list[np.ndarray] | None, bool]:
-    """Returns images in reading order, and whether the reference packed their patches."""
+    """Return images in reading order, and whether the reference packed their patches."""
     vision, outputs = config.vision, []
     for pixels, grid in (
         ("pixel_values", "image_grid_thw"),
@@ -165,7 +165,7 @@ def _audio(inputs: Arrays) -> tuple[np.ndarray | None, np.ndarray | None]:
 def _vision_in_order(
     model: MultimodalGLM, variables: Any, images: list[np.ndarray], packed: bool
 ) -> Arrays:
-    """Returns the tower's outputs with the patches of all images concatenated."""
+    """Return the tower's outputs with the patches of all images concatenated."""
     config, names, parts = model.config.vision, [], []
     for image in images:
         frames = image[None]

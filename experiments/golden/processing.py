@@ -12,7 +12,7 @@ from glm_edge.preprocess.processing import GLM4V
 
 
 def process(case: Case, subcase: str) -> Arrays:
-    """Prepares one image (GLM-4.1V) or one recording (Whisper).
+    """Prepare one image (GLM-4.1V) or one recording (Whisper).
 
     Args:
       case: case whose meta.json has the parameters of the subcase.

@@ -18,7 +18,7 @@ Points = dict[str, tuple[torch.nn.Module, bool]]
 
 @torch.no_grad()
 def outputs_of(model: torch.nn.Module, inputs: Arrays) -> Arrays:
-    """Runs a model on the inputs of a subcase in the precision of its weights.
+    """Run a model on the inputs of a subcase in the precision of its weights.
 
     Args:
       model: model of transformers.
@@ -39,7 +39,7 @@ def outputs_of(model: torch.nn.Module, inputs: Arrays) -> Arrays:
 
 
 def noise_of(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> dict[str, float]:
-    """Returns the largest difference of each output from float64 at valid tokens.
+    """Return the largest difference of each output from float64 at valid tokens.
 
     Args:
       model: float32 model.
@@ -63,7 +63,7 @@ def noise_of(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> dict[st
 
 @torch.no_grad()
 def greedy(model: torch.nn.Module, inputs: Arrays) -> tuple[Arrays, float] | None:
-    """Generates greedily with the cache, and checks the result by a complete forward pass.
+    """Generate greedily with the cache, and check the result by a complete forward pass.
 
     Args:
       model: model that generates.
@@ -101,7 +101,7 @@ def greedy(model: torch.nn.Module, inputs: Arrays) -> tuple[Arrays, float] | Non
 
 
 def _with_new(inputs: Arrays, ids: np.ndarray) -> Arrays:
-    """Returns inputs with generated tokens appended to the texts."""
+    """Return inputs with generated tokens appended to the texts."""
     mask = np.concatenate([inputs["attention_mask"], np.ones_like(ids)], axis=1)
     recorded = inputs | {
         "input_ids": np.concatenate([inputs["input_ids"], ids], axis=1),

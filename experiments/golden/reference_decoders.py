@@ -67,7 +67,7 @@ def _glm4(draw: Draw) -> Plan:
 
 
 def _sections(draw: Draw, half: int) -> list[int]:
-    """Returns section sizes, mostly three, that sum to half the rotary dimensions."""
+    """Return section sizes, mostly three, that sum to half the rotary dimensions."""
     number = min(half, draw.of(3, 3, 1, 2, 4, 5, 6))
     cuts = sorted(draw.rng.choice(np.arange(1, half), number - 1, replace=False).tolist())
     sections = [end - start for start, end in zip([0, *cuts], [*cuts, half], strict=True)]

@@ -70,7 +70,7 @@ class GlmEdgeV(torch.nn.Module):
         return self.language.generation_config
 
     def stored(self) -> dict[str, torch.Tensor]:
-        """Returns tensors by the names in published files."""
+        """Return tensors by the names in published files."""
         parts = {DECODER: self.language, TOWER: self.vit, ADAPTER: self.adapter}
         tensors = {
             prefix + name: tensor.contiguous()
@@ -82,7 +82,7 @@ class GlmEdgeV(torch.nn.Module):
         return tensors
 
     def fields(self) -> dict[str, Any]:
-        """Returns the config.json of published files."""
+        """Return the config.json of published files."""
         adapter_fields = {name: self.config[name] for name in _OWN_FIELDS}
         adapter_fields["vision_config"] = self.vit.config.to_dict()
         return {
@@ -92,7 +92,7 @@ class GlmEdgeV(torch.nn.Module):
         }
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Returns embedded tokens with placeholders replaced by image features."""
+        """Return embedded tokens with placeholders replaced by image features."""
         x = self.language.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return x
@@ -107,7 +107,7 @@ class GlmEdgeV(torch.nn.Module):
     def generate(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, **others: Any
     ) -> Any:
-        """Generates with the decoder's cache."""
+        """Generate with the decoder's cache."""
         return self.language.generate(inputs_embeds=self.embed(input_ids, pixel_values), **others)
 
 

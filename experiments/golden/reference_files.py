@@ -23,7 +23,7 @@ EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")
 
 
 def write_checkpoint(plan: Plan, folder: Path, rng: np.random.Generator) -> torch.nn.Module:
-    """Writes a Hugging Face directory and opens it with transformers.
+    """Write a Hugging Face directory and open it with transformers.
 
     Args:
       plan: plan of the model.
@@ -141,7 +141,7 @@ def _renamed(
 
 
 def _as_version_4(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the same configuration in the format of transformers 4."""
+    """Return the same configuration in the format of transformers 4."""
     written = {
         name: _as_version_4(value) if name.endswith("_config") else value
         for name, value in fields.items()
@@ -161,7 +161,7 @@ def _as_version_4(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leave_out_defaults(fields: dict[str, Any], rng: np.random.Generator) -> None:
-    """Removes some fields with default values, which transformers adds again."""
+    """Remove some fields with default values, which transformers adds again."""
     known = transformers.CONFIG_MAPPING[fields["model_type"]]().to_dict()
     # Every file states the hidden size, which glm_edge requires.
     for width in ("model_type", "num_key_value_heads", "head_dim"):

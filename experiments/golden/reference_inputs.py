@@ -13,7 +13,7 @@ IMAGE, VIDEO = 1, 2
 
 
 def draw_inputs(plan: Plan, subcase: str, rng: np.random.Generator) -> Arrays:
-    """Draws the inputs of a subcase.
+    """Draw the inputs of a subcase.
 
     Args:
       plan: plan of the model.
@@ -34,7 +34,7 @@ def draw_inputs(plan: Plan, subcase: str, rng: np.random.Generator) -> Arrays:
 
 
 def positions_of(mask: np.ndarray) -> np.ndarray:
-    """Returns the positions of valid tokens in their rows, 0 at padding."""
+    """Return the positions of valid tokens in their rows, 0 at padding."""
     return np.where(mask == 1, mask.cumsum(axis=1) - 1, 0)
 
 
@@ -92,7 +92,7 @@ def _prompts(config: dict[str, Any], rows: Rows, rng: np.random.Generator) -> Ar
 def _picture(
     config: dict[str, Any], item: tuple[Any, ...], media: dict, rng: np.random.Generator
 ) -> tuple[list[int], int]:
-    """Adds patches of an image, or of a video of (frames, rows, columns); returns its tokens."""
+    """Add patches of an image, or of a video of (frames, rows, columns); return its tokens."""
     vision, merge = config["vision_config"], config["vision_config"]["spatial_merge_size"]
     frames, rows, columns = item[1:] if item[0] == "video" else (1, *item[1:])
     kind = VIDEO if item[0] == "video" else IMAGE
@@ -123,7 +123,7 @@ def _picture(
 def _whole_image(
     config: dict[str, Any], item: tuple[Any, ...], media: dict, rng: np.random.Generator
 ) -> list[int]:
-    """Adds an image that is not cut into patches; returns its tokens."""
+    """Add an image that is not cut into patches; return its tokens."""
     _, side, features = item
     shape = (1, config["vision_config"]["num_channels"], side, side)
     media.setdefault("pixel_values", []).append(rng.normal(size=shape).astype(np.float32))
@@ -133,7 +133,7 @@ def _whole_image(
 def _sound(
     config: dict[str, Any], item: tuple[Any, ...], media: dict, rng: np.random.Generator
 ) -> list[int]:
-    """Adds chunks of a recording; returns its tokens."""
+    """Add chunks of a recording; return its tokens."""
     _, frames, valid = item
     shape = (len(valid), config["audio_config"]["num_mel_bins"], frames)
     mask = (np.arange(frames) < np.array(valid)[:, None]).astype(np.int64)

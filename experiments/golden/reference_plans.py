@@ -48,15 +48,15 @@ class Draw:
         self.tiny = tiny
 
     def of(self, first: Any, *others: Any) -> Any:
-        """Draws one of the options."""
+        """Draw one of the options."""
         options = (first, *others)
         return first if self.tiny else options[int(self.rng.integers(len(options)))]
 
     def count(self, low: int, high: int) -> int:
-        """Draws an integer, both ends included."""
+        """Draw an integer, both ends included."""
         return low if self.tiny else int(self.rng.integers(low, high + 1))
 
     def files(self, tiny_dtype: str = "bfloat16") -> dict[str, Any]:
-        """Draws the layout of the weights in files."""
+        """Draw the layout of the weights in files."""
         others = ("float32", "float16", "bfloat16")
         return {"dtype": self.of(tiny_dtype, *others), "shards": self.of(1, 1, 2, 5)}

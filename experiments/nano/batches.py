@@ -100,13 +100,13 @@ class ScreenBatches:
         self.num_samples = config.speech.num_frames * config.speech.hop_length
 
     def layout(self, text_blocks: int, speech_blocks: int) -> Layout:
-        """Returns the layout of rows with spoken questions first, then written ones."""
+        """Return the layout of rows with spoken questions first, then written ones."""
         return Layout(self.prefix, (SPEECH_BLOCK,) * speech_blocks + (TEXT_BLOCK,) * text_blocks)
 
     def draw(
         self, screens: int, text_blocks: int, speech_blocks: int, silent: bool = False
     ) -> dict[str, np.ndarray]:
-        """Draws one batch.
+        """Draw one batch.
 
         Args:
           screens: number of rows `B`.
@@ -127,7 +127,7 @@ class ScreenBatches:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def draw_cells(self, screens: int) -> dict[str, np.ndarray]:
-        """Draws only images and labels of their cells; half of the images are keypads."""
+        """Draw only images and labels of their cells; half of the images are keypads."""
         rows = []
         for index in range(screens):
             screen = self._screen("keypad" if index % 2 else "mixed")
@@ -204,7 +204,7 @@ class ScreenBatches:
 
 
 def fit(samples: np.ndarray, length: int) -> np.ndarray:
-    """Crops or zero-pads samples to a length."""
+    """Crop or zero-pads samples to a length."""
     cropped = samples[:length]
     return np.pad(cropped, (0, length - len(cropped)))
 
@@ -216,7 +216,7 @@ def speech_batches(
     length: int,
     seed: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields augmented `(samples [B, L], digits [B])` endlessly.
+    """Yield augmented `(samples [B, L], digits [B])` endlessly.
 
     Args:
       groups: lists of recordings of one kind each; within a kind, speakers are equally frequent.
@@ -241,7 +241,7 @@ def speech_batches(
 
 
 def text_batches(tokens: np.ndarray, size: int, length: int, seed: int) -> Iterator[np.ndarray]:
-    """Yields windows [B, length + 1] of a token stream endlessly, at random offsets."""
+    """Yield windows [B, length + 1] of a token stream endlessly, at random offsets."""
     rng = np.random.default_rng(seed)
     while True:
         starts = rng.integers(0, len(tokens) - length - 1, size)

@@ -28,7 +28,7 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing tokenizer
 
 
 def main(argv: list[str]) -> None:
-    """Trains and writes the tokenizer, and prints its size."""
+    """Train and write the tokenizer, and print its size."""
     refuse_arguments(argv)
     try:
         text = read_text(TEXT.value)

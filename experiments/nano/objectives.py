@@ -23,7 +23,7 @@ READ_SLOTS = (1, 2)
 
 
 def init_heads(key: Array, width: int, num_classes: int) -> dict[str, Array]:
-    """Returns initial read-out heads, which exist only during training.
+    """Return initial read-out heads, which exist only during training.
 
     They predict class, offset and centre of a cell's element, the digit of a recording, and the
     target's coordinates from the hidden states of the question and of the answer.
@@ -44,7 +44,7 @@ def init_heads(key: Array, width: int, num_classes: int) -> dict[str, Array]:
 
 
 def dense_loss(heads: dict[str, Array], features: Array, batch: dict[str, Array]) -> Array:
-    """Sums losses of class, offset and centre per cell, with more weight on cells with elements."""
+    """Sum losses of class, offset and centre per cell, with more weight on cells with elements."""
     present = (batch["cell_class"] > 0).astype(jnp.float32)
     weight = 0.2 + 0.8 * present
     by_class = optax.softmax_cross_entropy_with_integer_labels(
@@ -62,7 +62,7 @@ def dense_loss(heads: dict[str, Array], features: Array, batch: dict[str, Array]
 
 
 def vision_features(module: MultimodalGLM, images: Array) -> tuple[Array, Array]:
-    """Returns image features for the decoder, and the same without positions."""
+    """Return image features for the decoder, and the same without positions."""
     features = module.encode_images(images)
     vision = module.vision
     cells = (vision.row[:, None] + vision.column[None]).reshape(-1, features.shape[-1])
@@ -70,7 +70,7 @@ def vision_features(module: MultimodalGLM, images: Array) -> tuple[Array, Array]
 
 
 def speech_features(module: MultimodalGLM, samples: Array, rng: Array | None) -> Array:
-    """Encodes speech to [..., num_tokens, D]; `rng` masks bands of time and frequency."""
+    """Encode speech to [..., num_tokens, D]; `rng` masks bands of time and frequency."""
     speech = module.config.speech
     flat = samples.reshape(-1, samples.shape[-1])
     mel = log_mel(flat, speech.mel_bins, speech.fft_size, speech.hop_length, speech.sample_rate)
@@ -81,7 +81,7 @@ def speech_features(module: MultimodalGLM, samples: Array, rng: Array | None) ->
 
 
 def _hide_bands(mel: Array, rng: Array) -> Array:
-    """Replaces a random band of frames and one of bins by the row's mean (SpecAugment)."""
+    """Replace a random band of frames and one of bins by the row's mean (SpecAugment)."""
     batch, frames, bins = mel.shape
     keys = jax.random.split(rng, 4)
 
@@ -97,7 +97,7 @@ def _hide_bands(mel: Array, rng: Array) -> Array:
 
 
 def text_loss(module: MultimodalGLM, tokens: Array, rng: Array | None, dropout: float) -> Array:
-    """Returns the mean cross-entropy of the next token in nats, with input dropout."""
+    """Return the mean cross-entropy of the next token in nats, with input dropout."""
     x = module.embed(tokens[:, :-1])
     if rng is not None:
         x = drop(x, rng, dropout)
@@ -108,19 +108,19 @@ def text_loss(module: MultimodalGLM, tokens: Array, rng: Array | None, dropout: 
 
 
 def drop(x: Array, rng: Array, rate: float) -> Array:
-    """Zeroes entries with probability `rate` and scales up the rest."""
+    """Zero entries with probability `rate` and scale up the rest."""
     keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0.0)
 
 
 def digit_loss(heads: dict[str, Array], features: Array, digits: Array) -> Array:
-    """Returns the cross-entropy of the spoken digit, from a recording's mean features."""
+    """Return the cross-entropy of the spoken digit, from a recording's mean features."""
     logits = features.mean(axis=-2) @ heads["digit"].T
     return optax.softmax_cross_entropy_with_integer_labels(logits, digits).mean()
 
 
 def soft_labels(labels: Array, vocab_size: int, first_x: int) -> Array:
-    """Returns target distributions: one-hot, or a Gaussian over its axis' tokens for a coordinate.
+    """Return target distributions: one-hot, or a Gaussian over its axis' tokens for a coordinate.
 
     Args:
       labels: token ids [...].
@@ -143,7 +143,7 @@ def soft_labels(labels: Array, vocab_size: int, first_x: int) -> Array:
 def screen_logits(
     module: MultimodalGLM, batch: dict[str, Array], layout: Layout, rng: Array | None
 ) -> tuple[Array, dict[str, Array]]:
-    """Computes logits at labelled slots [B, Q, A, V], and the inputs of auxiliary losses."""
+    """Compute logits at labelled slots [B, Q, A, V], and the inputs of auxiliary losses."""
     x = module.embed(batch["tokens"])
     features, unplaced = vision_features(module, batch["images"])
     x = place_features(x, batch["tokens"] == module.config.image_token_id, features)
@@ -170,7 +170,7 @@ def screen_loss(
     first_x: int,
     rng: Array,
 ) -> tuple[Array, dict[str, Array]]:
-    """Sums the losses of answers, attention to the target and cells.
+    """Sum the losses of answers, attention to the target and cells.
 
     Returns:
       `(loss, parts)`; `parts` contains each term.
@@ -199,7 +199,7 @@ def screen_loss(
 def position_loss(
     head: Array, hidden: Array, target: Array, batch: dict[str, Array], first_x: int
 ) -> Array:
-    """Trains a hidden state to encode the coordinates of the tap as a large component.
+    """Train a hidden state to encode the coordinates of the tap as a large component.
 
     Args:
       head: linear read-out [2 * COORDINATE_BINS, D].
@@ -222,7 +222,7 @@ def position_loss(
 
 
 def attention_loss(sown: dict[str, Any], batch: dict[str, Array], config: Any) -> Array:
-    """Trains one head to attend from the question to its target, and one from the answer back.
+    """Train one head to attend from the question to its target, and one from the answer back.
 
     In one layer, the first query head of the `<|assistant|>` slot attends to the target's cell. In
     the next, the second query head of the slots that predict x and y attends to `<|assistant|>`.
@@ -244,7 +244,7 @@ def attention_loss(sown: dict[str, Any], batch: dict[str, Array], config: Any) -
 def taps_in_box(
     logits: Array, batch: dict[str, Array], first_x: int, image_size: tuple[int, int]
 ) -> tuple[Array, Array]:
-    """Finds taps inside their box, with each coordinate predicted from the true preceding tokens.
+    """Find taps inside their box, with each coordinate predicted from the true preceding tokens.
 
     Args:
       logits: logits [B, Q, A, V] at the labelled slots.

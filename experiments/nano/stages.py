@@ -47,7 +47,7 @@ class Clock:
 
 
 def learning_rate(fraction: float, peak: float, warmup: float = 0.03) -> float:
-    """Computes linear warm-up, then cosine decay to 3 % of the peak, by the elapsed fraction."""
+    """Compute linear warm-up, then cosine decay to 3 % of the peak, by the elapsed fraction."""
     if fraction < warmup:
         return peak * max(fraction / warmup, 0.02)
     progress = (fraction - warmup) / (1 - warmup)
@@ -57,7 +57,7 @@ def learning_rate(fraction: float, peak: float, warmup: float = 0.03) -> float:
 def make_optimizer(
     weight_decay: float, scale_of: Callable[[str], float]
 ) -> optax.GradientTransformation:
-    """Makes AdamW with clipping at norm 1 and a mutable learning rate; `scale_of` scales parts.
+    """Make AdamW with clipping at norm 1 and a mutable learning rate; `scale_of` scales parts.
 
     Args:
       weight_decay: applied to matrices only.
@@ -103,7 +103,7 @@ def run_stage(
     evaluate_every: float = 4.0,
     save_every: float = 1.0,
 ) -> Tree:
-    """Trains until the stage's time budget is used.
+    """Train until the stage's time budget is used.
 
     Args:
       name: name of the stage; its files are `<name>.safetensors`, `<name>.csv` and `<name>.json`.
@@ -172,7 +172,7 @@ def _update(loss: Step, optimizer: optax.GradientTransformation):
 
 
 def prefetch(batches: Iterator[Any], ahead: int = 3) -> Iterator[Any]:
-    """Draws batches in a thread, a few in advance."""
+    """Draw batches in a thread, a few in advance."""
     queue: Queue = Queue(ahead)
 
     def fill() -> None:
@@ -185,7 +185,7 @@ def prefetch(batches: Iterator[Any], ahead: int = 3) -> Iterator[Any]:
 
 
 def save(files: dict[str, Path], tree: Tree, progress: dict[str, float]) -> None:
-    """Writes a tree and its progress; replaces each file atomically, the progress last."""
+    """Write a tree and its progress; replace each file atomically, the progress last."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     arrays = {f"{i:05d}": np.ascontiguousarray(leaf) for i, leaf in enumerate(leaves)}
     write_whole(files["safetensors"], lambda path: save_file(arrays, path))
@@ -193,7 +193,7 @@ def save(files: dict[str, Path], tree: Tree, progress: dict[str, float]) -> None
 
 
 def restore(path: Path, tree: Tree) -> Tree:
-    """Reads a tree of the same structure."""
+    """Read a tree of the same structure."""
     arrays = load_file(path)
     leaves, structure = jax.tree.flatten(tree)
     read = [arrays[f"{i:05d}"].reshape(np.shape(leaf)) for i, leaf in enumerate(leaves)]
@@ -201,7 +201,7 @@ def restore(path: Path, tree: Tree) -> Tree:
 
 
 def append_rows(path: Path, row: dict[str, float]) -> None:
-    """Appends a row in long form: step, minutes, name, value."""
+    """Append a row in long form: step, minutes, name, value."""
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)

@@ -43,7 +43,7 @@ SIZES = {
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     table.define_flags(NAME)
     flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
     flags.DEFINE_string("where", "^decoder/", "Regular expression of the matrices to round.")
@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def recipes(bits: Sequence[int], groups: Sequence[int]) -> dict[str, Transform]:
-    """Lists rounding methods by name, such as `4 bits, gptq, groups of 32`."""
+    """List rounding methods by name, such as `4 bits, gptq, groups of 32`."""
     measurements = {}
     for width in bits:
         for size in groups:
@@ -115,7 +115,7 @@ def recipes(bits: Sequence[int], groups: Sequence[int]) -> dict[str, Transform]:
 
 
 def rounded(transform: Transform, model: Any, params: Any, batches: Sequence[Any]) -> Any:
-    """Quantizes parameters by a transform with the available calibration."""
+    """Quantize parameters by a transform with the available calibration."""
     inputs = {name for batch in batches for name in batch}
     lacking = [name for name in ("images", "audio") if name not in inputs]
     key = jax.random.key(FLAGS.seed)
@@ -125,7 +125,7 @@ def rounded(transform: Transform, model: Any, params: Any, batches: Sequence[Any
 def measured(
     model: Any, params: Any, data: eval_data.EvalData, where: str
 ) -> dict[str, float | None]:
-    """Measures perplexity, taps in the box in percent by kind of question, and bits per weight.
+    """Measure perplexity, taps in the box in percent by kind of question, and bits per weight.
 
     Args:
       model: a GLM.
@@ -152,7 +152,7 @@ def measured(
 
 
 def rows_of(measurements: Mapping[str, Mapping[str, float]]) -> list[Row]:
-    """Returns the table's rows: float32, and the loss of each recipe.
+    """Return the table's rows: float32, and the loss of each recipe.
 
     Args:
       measurements: results of `measured` by name: `float32` and the names of `recipes`.

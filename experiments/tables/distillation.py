@@ -30,7 +30,7 @@ SEEDS = {"quick": 3, "full": 5}
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     table.define_flags(NAME)
     vision.define_flags()
     flags.DEFINE_integer(
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def rows_of(accuracies: dict[str, list[float]], data: str) -> list[Row]:
-    """Returns the rows of accuracies, and of the gap recovered by distillation.
+    """Return the rows of accuracies, and of the gap recovered by distillation.
 
     Args:
       accuracies: accuracy of every seed in percent, by kind.

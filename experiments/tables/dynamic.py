@@ -43,7 +43,7 @@ TEXT_TOKENS = {"quick": 4_000, "full": 60_000}
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     table.define_flags(NAME)
     skipping_eval.define_flags()
     flags.DEFINE_list("skip", ["20", "50"], "Percentages of neurons that a token skips.")
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
 def rows_of(
     swept: Sequence[SweepRow], perplexity: Mapping[str, float], quality: str, questions: int
 ) -> list[Row]:
-    """Returns the table's rows of the trained model.
+    """Return the table's rows of the trained model.
 
     Args:
       swept: rows of the sweep; the first is without skipping.
@@ -135,7 +135,7 @@ def rows_of(
 
 
 def shape_rows(swept: Sequence[SweepRow], shape: str) -> list[Row]:
-    """Returns the table's rows of a shape with random weights."""
+    """Return the table's rows of a shape with random weights."""
     return [
         _speedup(row, f"{skipped(row)} % skipped, {shape}", CLAIMS.get(skipped(row), (None,))[0])
         for row in swept[1:]
@@ -143,7 +143,7 @@ def shape_rows(swept: Sequence[SweepRow], shape: str) -> list[Row]:
 
 
 def skipped(row: SweepRow) -> int:
-    """Returns the percentage of neurons that a setting skips."""
+    """Return the percentage of neurons that a setting skips."""
     return round(100.0 * (1.0 - row.value))
 
 

@@ -39,7 +39,7 @@ SHAPES = {"quick": "", "full": "mobile"}
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     table.define_flags(NAME)
     skipping_eval.define_flags()
     flags.DEFINE_list("exits", ["3"], "Layers after which a token may exit.")
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def rows_of(swept: Sequence[SweepRow], quality: str, questions: int) -> list[Row]:
-    """Returns the table's rows of the model that has been trained.
+    """Return the table's rows of the model that has been trained.
 
     Args:
       swept: rows of the sweep; the first runs all layers.
@@ -119,7 +119,7 @@ def rows_of(swept: Sequence[SweepRow], quality: str, questions: int) -> list[Row
 
 
 def shape_rows(swept: Sequence[SweepRow], shape: str) -> list[Row]:
-    """Returns the table's rows of a shape with random weights."""
+    """Return the table's rows of a shape with random weights."""
     return [_relative_time(row, f"{row.name}, {shape}", False) for row in swept[1:]]
 
 

@@ -30,7 +30,7 @@ SEEDS = {"quick": 5, "full": 7}
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     table.define_flags(NAME)
     vision.define_flags()
     flags.DEFINE_float("remove", 0.85, "Fraction of hidden channels to remove, in 0..1.", 0.0, 0.99)
@@ -66,7 +66,7 @@ def repeat(
     heal_steps: int,
     fraction: float,
 ) -> dict[str, float]:
-    """Trains, prunes and heals with one seed.
+    """Train, prune and heal with one seed.
 
     Args:
       directory: directory of finished trainings.
@@ -106,7 +106,7 @@ def repeat(
 
 
 def rows_of(accuracies: dict[str, list[float]], data: str) -> list[Row]:
-    """Returns the table's rows from the results of every seed."""
+    """Return the table's rows from the results of every seed."""
     note = f"{data}, {len(accuracies['dense'])} seeds"
 
     def row(kind: str, claim: float | None, more: str = "") -> Row:

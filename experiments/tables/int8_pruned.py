@@ -40,7 +40,7 @@ EXAMPLES = 64
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     table.define_flags(NAME)
     vision.define_flags()
     flags.DEFINE_float("remove", 0.8, "Fraction of hidden channels to remove, in 0..1.", 0.0, 0.99)
@@ -81,7 +81,7 @@ def accuracies(
     heal_steps: int,
     fraction: float,
 ) -> dict[str, float]:
-    """Measures accuracy on digits in percent: dense, int8, pruned, and both.
+    """Measure accuracy on digits in percent: dense, int8, pruned, and both.
 
     Args:
       directory: directory of finished trainings.
@@ -118,7 +118,7 @@ def accuracies(
 
 
 def published(name: str, fraction: float, rounds: int, threads: int, seed: int) -> dict[str, Any]:
-    """Measures operations, parameters, bytes and milliseconds of a shape, dense and pruned.
+    """Measure operations, parameters, bytes and milliseconds of a shape, dense and pruned.
 
     Args:
       name: name of the preset.
@@ -157,7 +157,7 @@ def published(name: str, fraction: float, rounds: int, threads: int, seed: int) 
 def rows_of(
     measurements: dict[str, list[float]], costs: dict[str, dict[str, Any]], data: str
 ) -> list[Row]:
-    """Returns the table's rows from accuracies of every seed and costs at the published shape."""
+    """Return the table's rows from accuracies of every seed and costs at the published shape."""
     before, after = costs["dense"], costs["pruned int8"]
     shape = "MobileNetV2 1.0, 224x224; the claim does not name its model"
     rows = []

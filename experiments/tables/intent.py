@@ -69,7 +69,7 @@ class Intents(NamedTuple):
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     table.define_flags(NAME)
     flags.DEFINE_string(
         "intent_dir",
@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def config_of(data: Intents, layers: int, width: int) -> TextConfig:
-    """Returns the configuration of a BERT without segments for these texts."""
+    """Return the configuration of a BERT without segments for these texts."""
     return TextConfig(
         vocab_size=data.vocabulary,
         hidden_size=width,
@@ -166,7 +166,7 @@ def config_of(data: Intents, layers: int, width: int) -> TextConfig:
 
 
 def load(folder: str, vocabulary: int, length: int) -> Intents:
-    """Reads CLINC150, and trains a tokenizer on its training texts.
+    """Read CLINC150, and train a tokenizer on its training texts.
 
     Args:
       folder: folder with `data_full.json`, or with `clinc150_train.tsv` and a test or dev part,
@@ -239,7 +239,7 @@ def _lines(path: Path) -> list[tuple[str, str]]:
 
 
 def tokenizer_of(texts: Sequence[str], vocabulary: int, length: int) -> Tokenizer:
-    """Trains a byte-pair tokenizer of lower-case texts with BERT's framing and `length` tokens.
+    """Train a byte-pair tokenizer of lower-case texts with BERT's framing and `length` tokens.
 
     The same texts produce the same tokenizer, which WordPiece's trainer does not guarantee.
     """
@@ -276,7 +276,7 @@ def trained(
     start: Variables | None = None,
     targets: np.ndarray | None = None,
 ) -> Variables:
-    """Trains an encoder, or loads that of an earlier run; see `vision.trained`."""
+    """Train an encoder, or load that of an earlier run; see `vision.trained`."""
 
     def make() -> Variables:
         begin = start
@@ -291,13 +291,13 @@ def trained(
 
 
 def hits_of(model: TextEncoder, variables: Variables, data: Intents) -> np.ndarray:
-    """Returns True for correctly classified test texts, bool [E]."""
+    """Return True for correctly classified test texts, bool [E]."""
     logits = learning.logits_of(Classifier(model, _apply), variables, data.test_tokens)
     return logits.argmax(-1) == data.test_labels
 
 
 def percent(hits: np.ndarray, chosen: np.ndarray) -> float:
-    """Computes the hits among the chosen texts in percent."""
+    """Compute the hits among the chosen texts in percent."""
     return 100.0 * float(np.mean(hits[chosen]))
 
 
@@ -307,7 +307,7 @@ def rows_of(
     counts: dict[str, int],
     seconds: dict[str, list[float]],
 ) -> list[Row]:
-    """Returns the table's rows.
+    """Return the table's rows.
 
     Args:
       hits: hits of every seed on the test texts, by kind of encoder.

@@ -71,7 +71,7 @@ def train(
     seed: int,
     targets: np.ndarray | None = None,
 ) -> Variables:
-    """Trains on examples.
+    """Train on examples.
 
     Args:
       classifier: classifier to train.
@@ -156,7 +156,7 @@ def _step(
 
 
 def _loss(logits: Array, labels: Array, targets: Array, training: Training) -> Array:
-    """Computes a mix of cross-entropy with labels and `T^2 KL(teacher at T || student at T)`."""
+    """Compute a mix of cross-entropy with labels and `T^2 KL(teacher at T || student at T)`."""
     hard = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     if not training.alpha:
         return hard
@@ -167,7 +167,7 @@ def _loss(logits: Array, labels: Array, targets: Array, training: Training) -> A
 
 
 def logits_of(classifier: Classifier, variables: Variables, inputs: np.ndarray) -> np.ndarray:
-    """Computes logits of all inputs, float32 [E, N]."""
+    """Compute logits of all inputs, float32 [E, N]."""
     parts = []
     for start in range(0, len(inputs), _SCORED):
         part = inputs[start : start + _SCORED]
@@ -184,7 +184,7 @@ def _logits(classifier: Classifier, variables: Variables, inputs: Array) -> Arra
 def cached_training(
     directory: Path, name: str, settings: dict[str, Any], make: Callable[[], Variables]
 ) -> Variables:
-    """Loads the variables of an earlier run, or stores those that `make` returns.
+    """Load the variables of an earlier run, or store those that `make` returns.
 
     Args:
       directory: directory of the table, whose folder `runs` contains the files.
@@ -216,7 +216,7 @@ def settings(
     start: Variables | None = None,
     targets: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Returns everything that the result of a training depends on, for `cached_training`.
+    """Return everything that the result of a training depends on, for `cached_training`.
 
     Args:
       model: model of the classifier.
@@ -240,7 +240,7 @@ def settings(
 
 
 def fingerprint(tree: Any) -> str:
-    """Returns a hash of all values of a tree."""
+    """Return a hash of all values of a tree."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         digest.update(np.ascontiguousarray(leaf).tobytes())

@@ -48,7 +48,7 @@ ELSEWHERE = "; claim on a different device, model and data"
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     table.define_flags(NAME)
     flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
     flags.DEFINE_string("recipe", "quickstart", "Name of a recipe, or a JSON file.")
@@ -129,13 +129,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def write(model: Any, params: Any, path: Path) -> Any:
-    """Exports a model for prompts of up to `PROMPT` tokens."""
+    """Export a model for prompts of up to `PROMPT` tokens."""
     slots = exported_eval.cache_slots(model.config.decoder.max_position_embeddings)
     return ge.export.tflite(model, params, path, prefill_lengths=(PROMPT,), cache_slots=slots)
 
 
 def taps(file: Any, evaluation: eval_data.EvalData) -> dict[str, list[float]]:
-    """Returns the hits of a file's taps, for written and spoken questions."""
+    """Return the hits of a file's taps, for written and spoken questions."""
     phone = ge.export.LiteRTModel(file.path)
     asked = {"written": evaluation.written, "spoken": evaluation.spoken}
     return {
@@ -153,7 +153,7 @@ def taps(file: Any, evaluation: eval_data.EvalData) -> dict[str, list[float]]:
 def timed(
     files: dict[str, Any], rounds: int, threads: int, answer_tokens: int
 ) -> dict[str, dict[str, Any]]:
-    """Runs every file in a separate process, in turns; an earlier process has packed its weights.
+    """Run every file in a separate process, in turns; an earlier process has packed its weights.
 
     Args:
       files: exported models by kind.
@@ -201,7 +201,7 @@ def timed(
 
 
 def engine_of(kind: str, file: Any, threads: int) -> Spec:
-    """Returns the engine spec of a file."""
+    """Return the engine spec of a file."""
     config, path = file.model.config, Path(file.path)
     return spec_of(
         kind,
@@ -224,7 +224,7 @@ def rows_of(
     sizes: dict[str, dict[str, int]],
     runs: dict[str, dict[str, Any]],
 ) -> list[Row]:
-    """Returns the table's rows.
+    """Return the table's rows.
 
     Args:
       hits: 1 or 0 per tap, by kind of model and of question.

@@ -25,7 +25,7 @@ ENGINES = {"jax": "JAX", "litert": "LiteRT"}
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Measures the seconds of all sides alternately, so that a busy machine slows them equally.
+    """Measure the seconds of all sides alternately, so that a busy machine slows them equally.
 
     Args:
       sides: functions to run by name; each first runs twice as a warm-up.
@@ -49,17 +49,17 @@ def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def median_ms(seconds: list[float]) -> float:
-    """Returns the median of seconds in milliseconds."""
+    """Return the median of seconds in milliseconds."""
     return 1e3 * statistics.median(seconds)
 
 
 def ratio_quartiles(seconds: list[float], other: list[float]) -> list[float]:
-    """Computes quartiles of the paired ratios `seconds / other`."""
+    """Compute quartiles of the paired ratios `seconds / other`."""
     return np.quantile(np.divide(seconds, other), [0.25, 0.5, 0.75]).tolist()
 
 
 def in_jax(model: Any, variables: Any, images: np.ndarray) -> Callable[[], np.ndarray]:
-    """Returns a call of a compiled classifier of `glm_edge.models.cnn`."""
+    """Return a call of a compiled classifier of `glm_edge.models.cnn`."""
     run = jax.jit(lambda variables, images: model.apply(variables, images)[0])
     variables, images = jax.device_put((variables, jnp.asarray(images)))
     return lambda: np.asarray(run(variables, images))
@@ -68,7 +68,7 @@ def in_jax(model: Any, variables: Any, images: np.ndarray) -> Callable[[], np.nd
 def export(
     model: Any, variables: Any, path: Path, examples: np.ndarray | None = None, batch: int = 1
 ) -> int:
-    """Writes a classifier as a `.tflite` file from `images` to `logits`.
+    """Write a classifier as a `.tflite` file from `images` to `logits`.
 
     Args:
       model: model of `glm_edge.models.cnn`.
@@ -114,7 +114,7 @@ class LiteRT:
         return self._run.get_tensor(self._out)
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """Returns the class of each image [E]."""
+        """Return the class of each image [E]."""
         batch = int(self._in["shape"][0])
         counted = []
         for start in range(0, len(images), batch):
@@ -126,7 +126,7 @@ class LiteRT:
 def encoder_times(
     sides: Mapping[str, tuple[TextEncoder, Any]], tokens: int, rounds: int, threads: int
 ) -> dict[str, list[float]]:
-    """Times text encoders of one vocabulary alternately, in JAX and from files in LiteRT.
+    """Time text encoders of one vocabulary alternately, in JAX and from files in LiteRT.
 
     Args:
       sides: `(model, params)` by name; boxed parameters run in JAX only.
@@ -163,7 +163,7 @@ def encoder_times(
 
 
 def multiply_accumulates(function: Callable[..., Any], *arguments: Any) -> int:
-    """Counts the products of convolutions and matrix products, including those with zeros.
+    """Count the products of convolutions and matrix products, including those with zeros.
 
     Args:
       function: traceable function.
@@ -193,7 +193,7 @@ def _products(jaxpr: Any) -> Iterator[int]:
 
 
 def random_variables(model: Any, seed: int) -> dict[str, Any]:
-    """Draws untrained variables of a classifier that preserve the size of activations."""
+    """Draw untrained variables of a classifier that preserve the size of activations."""
     shape = jnp.zeros((1, *model.config.image_size))
     abstract = jax.eval_shape(model.init, jax.random.key(0), shape)
     rng = np.random.default_rng(seed)

@@ -33,7 +33,7 @@ CLAIMS = {"bfloat16": 50.0, "int8": 75.0, "int8 and float16": 75.0, "int4 and in
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     table.define_flags(NAME)
     flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
     flags.DEFINE_list(
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def recipes() -> dict[str, Transform]:
-    """Lists the recipes by name."""
+    """List the recipes by name."""
     return {
         "bfloat16": quantize.rtn("bfloat16"),
         "int8": quantize.rtn("int8"),
@@ -70,7 +70,7 @@ def recipes() -> dict[str, Transform]:
 
 
 def sizes(model: Any, params: Any, lengths: Sequence[int]) -> dict[str, int]:
-    """Measures stored bytes, and peak bytes of a forward pass by its length.
+    """Measure stored bytes, and peak bytes of a forward pass by its length.
 
     Args:
       model: a GLM.
@@ -95,7 +95,7 @@ def sizes(model: Any, params: Any, lengths: Sequence[int]) -> dict[str, int]:
 
 
 def rows_of(sizes_by_form: dict[str, dict[str, int]]) -> list[Row]:
-    """Returns the table's rows: bytes of float32, and the savings of other precisions."""
+    """Return the table's rows: bytes of float32, and the savings of other precisions."""
     base = sizes_by_form["float32"]
     rows = [Row(f"{quantity}, float32", "MB", None, size / 1e6) for quantity, size in base.items()]
     for quantity in base:

@@ -57,7 +57,7 @@ PHASES = ("decode", "prefill")
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     table.define_flags(NAME)
     flags.DEFINE_enum(
         "shape",
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def shape_of(name: str) -> GLMConfig:
-    """Returns a decoder without encoders."""
+    """Return a decoder without encoders."""
     if name != "mobile_quarter":
         return decoder_of(name)
     config = decoder_of("mobile")
@@ -107,7 +107,7 @@ def shape_of(name: str) -> GLMConfig:
 
 
 def specs_of(config: GLMConfig, forms: Sequence[str], directory: Path) -> list[Spec]:
-    """Returns one engine spec per form, float32 first.
+    """Return one engine spec per form, float32 first.
 
     Raises:
       DataError: a form is unknown, or the phases do not fit the cache.
@@ -140,7 +140,7 @@ def specs_of(config: GLMConfig, forms: Sequence[str], directory: Path) -> list[S
 
 
 def write(task: Task) -> dict[str, Any]:
-    """Writes a file of random weights; returns its bytes, bytes per step, and conversions."""
+    """Write a file of random weights; return its bytes, bytes per step, and conversions."""
     exported = random_model.exported(task, ge.export.tflite)
     return {
         "file_bytes": exported.file_bytes,
@@ -150,7 +150,7 @@ def write(task: Task) -> dict[str, Any]:
 
 
 def bursts(specs: Sequence[Spec], rounds: int, steps: int) -> dict[str, Bursts]:
-    """Measures seconds by form and phase, alternating, with every second round in reverse order.
+    """Measure seconds by form and phase, alternating, with every second round in reverse order.
 
     Args:
       specs: specs whose files are written.
@@ -188,7 +188,7 @@ def rows_of(
     context: int,
     prompt: int,
 ) -> list[Row]:
-    """Returns the table's rows.
+    """Return the table's rows.
 
     Args:
       written: `weight_bytes` of each form's file.

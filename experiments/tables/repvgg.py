@@ -32,7 +32,7 @@ ROUNDS = {"quick": 7, "full": 25}
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     table.define_flags(NAME)
     flags.DEFINE_list(
         "repvgg", None, "Presets to measure; default: repvgg_a2, and also repvgg_b1 for full."
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def operations(config: CNNConfig) -> int:
-    """Counts multiply-accumulates of one image in the deployed model."""
+    """Count multiply-accumulates of one image in the deployed model."""
     model = CNN(config, deploy=True)
     images = jnp.zeros((1, *config.image_size))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -71,7 +71,7 @@ def operations(config: CNNConfig) -> int:
 def times(
     configs: dict[str, CNNConfig], rounds: int, threads: int, seed: int
 ) -> dict[str, list[float]]:
-    """Measures seconds by `<engine> <name>`, also of RepVGG before reparameterization."""
+    """Measure seconds by `<engine> <name>`, also of RepVGG before reparameterization."""
     calls: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         for name, config in bar("models")(configs.items()):
@@ -94,7 +94,7 @@ def times(
 def rows_of(
     seconds: dict[str, list[float]], macs: dict[str, int], resnet: str, names: Sequence[str]
 ) -> list[Row]:
-    """Returns the table's rows: milliseconds, and RepVGG's time as a fraction of ResNet's."""
+    """Return the table's rows: milliseconds, and RepVGG's time as a fraction of ResNet's."""
     rows = []
     for engine, title in measure.ENGINES.items():
         base = seconds[f"{engine} {resnet}"]
@@ -123,7 +123,7 @@ def rows_of(
 
 
 def found_median(seconds: Sequence[float]) -> float:
-    """Returns the median of seconds."""
+    """Return the median of seconds."""
     return float(np.median(seconds))
 
 

@@ -33,7 +33,7 @@ ROUNDS = {"quick": 9, "full": 40}
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     table.define_flags(NAME)
     flags.DEFINE_float("sparsity", 0.3, "Fraction of zeros, in 0..1.", 0.0, 1.0)
     flags.DEFINE_integer(
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def models(width: int, sparsity: float, seed: int) -> dict[str, tuple[TextEncoder, Any]]:
-    """Makes dense, masked (as an array and in a box) and narrow encoders."""
+    """Make dense, masked (as an array and in a box) and narrow encoders."""
     config = TextConfig(
         vocab_size=13 * width,
         hidden_size=width,
@@ -89,7 +89,7 @@ def models(width: int, sparsity: float, seed: int) -> dict[str, tuple[TextEncode
 
 
 def random_encoder(config: TextConfig, seed: int) -> tuple[TextEncoder, Any]:
-    """Returns an encoder with random weights."""
+    """Return an encoder with random weights."""
     model = TextEncoder(config)
     abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     rng = np.random.default_rng(seed)
@@ -104,14 +104,14 @@ def random_encoder(config: TextConfig, seed: int) -> tuple[TextEncoder, Any]:
 
 
 def size_of(params: Any) -> dict[str, float]:
-    """Counts the parameters that are not masked, and the stored bytes."""
+    """Count the parameters that are not masked, and the stored bytes."""
     masks = [leaf.mask for _, leaf in boxes.path_items(params) if isinstance(leaf, boxes.Masked)]
     zeros = sum(int(jnp.sum(~mask)) for mask in masks)
     return {"parameters": boxes.count(params) - zeros, "bytes": boxes.stored_bytes(params)}
 
 
 def rows_of(seconds: dict[str, list[float]], sizes: dict[str, dict[str, float]]) -> list[Row]:
-    """Returns the table's rows."""
+    """Return the table's rows."""
     claims = {"dense": 0, "masked": 1}
     rows = []
     for name, kind in (("dense", "dense"), ("masked", "masked, in its box"), ("narrow", "narrow")):

@@ -58,13 +58,13 @@ class Row:
         return self.measured / self.claim
 
     def cells(self) -> list[str]:
-        """Returns the row as text, in the order of `COLUMNS`."""
+        """Return the row as text, in the order of `COLUMNS`."""
         numbers = [self.claim, self.measured, self.spread, self.ratio]
         return [self.quantity, self.unit, *map(shown, numbers), self.note]
 
 
 def shown(number: float | None) -> str:
-    """Formats a number with three or more significant digits; `-` for None."""
+    """Format a number with three or more significant digits; `-` for None."""
     if number is None:
         return "-"
     if not math.isfinite(number):
@@ -74,12 +74,12 @@ def shown(number: float | None) -> str:
 
 
 def interval(rate: Rate) -> str:
-    """Formats the 95 % interval of a rate in percent."""
+    """Format the 95 % interval of a rate in percent."""
     return f"95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f}"
 
 
 def define_flags(name: str) -> None:
-    """Defines the flags that all tables share.
+    """Define the flags that all tables share.
 
     Args:
       name: name of the table; its default output directory is `out/tables/<name>`.
@@ -97,7 +97,7 @@ def define_flags(name: str) -> None:
 
 
 def prepare(argv: Sequence[str]) -> Path:
-    """Returns the directory of --out_dir, creating it if missing.
+    """Return the directory of --out_dir, creating it if missing.
 
     Args:
       argv: name of the script, without further arguments.
@@ -112,14 +112,14 @@ def prepare(argv: Sequence[str]) -> Path:
 
 
 def seeds(defaults: Mapping[str, int]) -> range:
-    """Returns the seeds of a table, starting at --seed; --seeds or the preset sets their number."""
+    """Return the seeds of a table, starting at --seed; --seeds or the preset sets their number."""
     return range(FLAGS.seed, FLAGS.seed + (FLAGS.seeds or defaults[FLAGS.preset]))
 
 
 def by_seed(
     defaults: Mapping[str, int], run: Callable[[int], Mapping[str, float]]
 ) -> dict[str, list[float]]:
-    """Runs a function once per seed.
+    """Run a function once per seed.
 
     Args:
       defaults: number of seeds by preset.
@@ -142,7 +142,7 @@ def publish(
     flag_names: Sequence[str] = (),
     measured: dict[str, Any] | None = None,
 ) -> None:
-    """Prints a table and writes it as `table.csv`, `table.md`, `table.json` and `table.png`.
+    """Print a table and write it as `table.csv`, `table.md`, `table.json` and `table.png`.
 
     Args:
       name: name of the script in `experiments.tables`.
@@ -172,7 +172,7 @@ def publish(
 
 
 def table_provenance(name: str, flag_names: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns the command, commit, machine, time, load and versions of a table.
+    """Return the command, commit, machine, time, load and versions of a table.
 
     `seconds` counts from the script's imports, without trainings whose results were already in
     --out_dir.
@@ -195,7 +195,7 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def figure(title: str, rows: Sequence[Row], path: Path) -> None:
-    """Draws claims and measured values side by side, with one panel per unit.
+    """Draw claims and measured values side by side, with one panel per unit.
 
     Args:
       title: title of the figure.

@@ -36,14 +36,14 @@ class Digits(NamedTuple):
 
 
 def define_flags() -> None:
-    """Defines the flag of the MNIST folder."""
+    """Define the flag of the MNIST folder."""
     flags.DEFINE_string(
         "digits_dir", None, "Folder of MNIST files; default: scikit-learn's digits, no download."
     )
 
 
 def load(digits_dir: str | None) -> Digits:
-    """Reads digits.
+    """Read digits.
 
     Args:
       digits_dir: folder of MNIST files, see `nano.phone_screens.digits.mnist_folder`. None uses
@@ -72,7 +72,7 @@ def _arrays(digits: mnist.DigitImages) -> tuple[np.ndarray, np.ndarray]:
 
 
 def classifier(name: str, data: Digits) -> CNN:
-    """Returns a preset of `glm_edge.models.cnn` for these images."""
+    """Return a preset of `glm_edge.models.cnn` for these images."""
     return CNN(dataclasses.replace(preset(name), image_size=data.size))
 
 
@@ -86,7 +86,7 @@ def _apply(
 
 
 def fresh(model: CNN, seed: int) -> Variables:
-    """Returns initial variables."""
+    """Return initial variables."""
     images = jnp.zeros((1, *model.config.image_size))
     return jax.jit(model.init)(jax.random.key(seed), images)
 
@@ -99,23 +99,23 @@ def train(
     seed: int,
     targets: np.ndarray | None = None,
 ) -> Variables:
-    """Trains on the training images; see `learning.train`."""
+    """Train on the training images; see `learning.train`."""
     examples = data.train_images, data.train_labels
     return learning.train(Classifier(model, _apply), variables, *examples, training, seed, targets)
 
 
 def logits_of(model: CNN, variables: Variables, images: np.ndarray) -> np.ndarray:
-    """Computes logits of all images, float32 [E, N]."""
+    """Compute logits of all images, float32 [E, N]."""
     return learning.logits_of(Classifier(model, _apply), variables, images)
 
 
 def accuracy(model: CNN, variables: Variables, data: Digits) -> float:
-    """Returns the top-1 accuracy on test images in percent."""
+    """Return the top-1 accuracy on test images in percent."""
     return percent_right(logits_of(model, variables, data.test_images).argmax(-1), data)
 
 
 def percent_right(classes: np.ndarray, data: Digits) -> float:
-    """Returns the percentage of correctly classified test images."""
+    """Return the percentage of correctly classified test images."""
     return 100.0 * float(np.mean(classes == data.test_labels))
 
 
@@ -129,7 +129,7 @@ def trained(
     start: Variables | None = None,
     targets: np.ndarray | None = None,
 ) -> Variables:
-    """Trains a classifier, or loads that of an earlier run; see `train`.
+    """Train a classifier, or load that of an earlier run; see `train`.
 
     Args:
       directory: directory of the table.
@@ -165,7 +165,7 @@ class Pruned(NamedTuple):
 
 
 def pruned(directory: Path, data: Digits, seed: int, steps: int, fraction: float) -> Pruned:
-    """Trains a MobileNetV2 on digits, and removes hidden channels of its blocks.
+    """Train a MobileNetV2 on digits, and remove hidden channels of its blocks.
 
     Args:
       directory: directory of the table.

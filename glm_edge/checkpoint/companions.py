@@ -28,7 +28,7 @@ MAX_COMPANION_BYTES = 1 << 27
 
 
 def companion_paths(directory: str | os.PathLike) -> dict[str, Path]:
-    """Finds the tokenizer, chat template, processor and generation files of a checkpoint.
+    """Find the tokenizer, chat template, processor and generation files of a checkpoint.
 
     Args:
       directory: checkpoint directory.
@@ -50,7 +50,7 @@ def companion_paths(directory: str | os.PathLike) -> dict[str, Path]:
 
 
 def read_companions(directory: str | os.PathLike) -> dict[str, bytes]:
-    """Reads the files of `companion_paths`.
+    """Read the files of `companion_paths`.
 
     Args:
       directory: checkpoint directory.

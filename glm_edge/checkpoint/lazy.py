@@ -33,7 +33,7 @@ class LazyCheckpoint:
     _source: Any
 
     def read(self, paths: Iterable[str]) -> dict[str, Any]:
-        """Reads parameters in their stored types.
+        """Read parameters in their stored types.
 
         Args:
           paths: parameter paths.
@@ -52,7 +52,7 @@ class LazyCheckpoint:
         return {path: leaves[path] for path in wanted}
 
     def fingerprint(self) -> str:
-        """Computes a digest of file names, sizes and modification times."""
+        """Compute a digest of file names, sizes and modification times."""
         digest = hashlib.sha256()
         for file in self.files:
             status = os.stat(file)
@@ -80,7 +80,7 @@ class LazyCheckpoint:
 
 
 def open_lazily(path: str | os.PathLike) -> LazyCheckpoint:
-    """Opens a checkpoint directory without reading its arrays.
+    """Open a checkpoint directory without reading its arrays.
 
     Args:
       path: directory for `glm_edge.load`, except one stored with Orbax.

@@ -46,7 +46,7 @@ def load(
     model: nn.Module | None = None,
     like: Params | None = None,
 ) -> tuple[nn.Module, Params]:
-    """Loads a checkpoint directory.
+    """Load a checkpoint directory.
 
     Activations are float32 for all types of stored weights. A model therefore computes the same
     values from bfloat16 weights as from these weights cast to float32.
@@ -100,7 +100,7 @@ def load(
 
 
 def build(path: str | os.PathLike) -> nn.Module:
-    """Builds the module that a config.json describes, without weights.
+    """Build the module that a config.json describes, without weights.
 
         model = ge.build("path/to/config.json")
         params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
@@ -137,7 +137,7 @@ def save(
     extras: Mapping[str, str | os.PathLike | bytes] | None = None,
     source: str | os.PathLike | None = None,
 ) -> Path:
-    """Saves a model and its parameters as a directory; the write is atomic.
+    """Save a model and its parameters as a directory; the write is atomic.
 
     The arithmetic of products (`model.compute`) is chosen at run time and not stored. For a module
     from outside this library, only the parameters with their boxes are stored. Pass the module to
@@ -217,7 +217,7 @@ def save(
 
 
 def shipped(name: str = "nano") -> Path:
-    """Returns the directory of a checkpoint that comes with the package.
+    """Return the directory of a checkpoint that comes with the package.
 
         model, params = ge.load(ge.shipped("nano"))
 
@@ -240,7 +240,7 @@ def shipped(name: str = "nano") -> Path:
 
 
 def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
-    """Loads the tokenizer of a checkpoint, as `glm_edge.Processor` does.
+    """Load the tokenizer of a checkpoint, as `glm_edge.Processor` does.
 
     Padding and truncation of the file are disabled. They would truncate texts and add padding to
     calibration data.
@@ -291,7 +291,7 @@ def _without_config(directory: Path) -> str:
 
 
 def read_extras(extras: Mapping[str, str | os.PathLike | bytes] | None) -> dict[str, bytes]:
-    """Reads further files for a checkpoint.
+    """Read further files for a checkpoint.
 
     Args:
       extras: path or bytes by name; None means no files.

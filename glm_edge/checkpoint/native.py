@@ -54,7 +54,7 @@ _OPTIONAL = ("zero", *_STATIC)
 
 
 def write(directory: Path, model: nn.Module, params: Params, store: str) -> None:
-    """Writes a model and its parameters into an empty directory, config.json last.
+    """Write a model and its parameters into an empty directory, config.json last.
 
     Args:
       directory: empty directory.
@@ -73,7 +73,7 @@ def write(directory: Path, model: nn.Module, params: Params, store: str) -> None
 
 
 def describe(model: nn.Module, spec: dict[str, Any], store: str = "safetensors") -> dict[str, Any]:
-    """Returns the fields of config.json.
+    """Return the fields of config.json.
 
     Args:
       model: model with the configuration to describe. For a module from outside this library,
@@ -93,12 +93,12 @@ def describe(model: nn.Module, spec: dict[str, Any], store: str = "safetensors")
 
 
 def is_stock(model: Any) -> bool:
-    """Tests for a Linen module from outside this library, which `load` needs as an argument."""
+    """Test for a Linen module from outside this library, which `load` needs as an argument."""
     return type(model).__name__ not in ARCHITECTURES
 
 
 def check_stock(model: Any, params: Any, where: str) -> None:
-    """Checks that a model from outside this library can be saved with its parameters.
+    """Check that a model from outside this library can be saved with its parameters.
 
     Args:
       model: model to save.
@@ -146,7 +146,7 @@ def _plain_fields(module: nn.Module) -> dict[str, Any]:
 
 
 def build(fields: dict[str, Any], where: Path, model: nn.Module | None = None) -> nn.Module:
-    """Builds the module that a native config.json describes.
+    """Build the module that a native config.json describes.
 
     Args:
       fields: fields of config.json.
@@ -208,7 +208,7 @@ def read(
     model: nn.Module | None = None,
     like: Params | None = None,
 ) -> tuple[nn.Module, Params]:
-    """Reads a directory that `write` wrote.
+    """Read a directory that `write` wrote.
 
     Args:
       directory: checkpoint directory.
@@ -235,7 +235,7 @@ def read(
 
 
 def check_reaches(params: Any, where: str) -> None:
-    """Refuses boxes whose dense weights would not be finite.
+    """Refuse boxes whose dense weights would not be finite.
 
     Args:
       params: tree of arrays and boxes.
@@ -270,7 +270,7 @@ class NativeSource:
     restored: dict[str, Any]
 
     def read(self, name: str, destination: Destination) -> np.ndarray:
-        """Reads one array.
+        """Read one array.
 
         Args:
           name: name of the array.
@@ -297,7 +297,7 @@ def open_directory(
     model: nn.Module | None = None,
     like: Params | None = None,
 ) -> NativeSource:
-    """Checks the headers of a directory; arguments and exceptions as in `read`."""
+    """Check the headers of a directory; arguments and exceptions as in `read`."""
     where = directory / CONFIG
     if fields.get("version") != VERSION:
         raise CheckpointError(
@@ -354,7 +354,7 @@ def _tensor_files(directory: Path, names: Any) -> dict[str, SafetensorsFile]:
 
 
 def _check_box_fields(arrays: dict[str, Any], spec: dict[str, Any], source: Path) -> None:
-    """Checks that every array under the path of a box is a field of it, so that none is lost."""
+    """Check that every array under the path of a box is a field of it, so that none is lost."""
     for path, static in spec.items():
         kind = static.get("box")
         known = _FIELDS.get(kind) if isinstance(kind, str) else None

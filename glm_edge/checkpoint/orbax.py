@@ -20,7 +20,7 @@ ARRAYS = "arrays"
 
 
 def check_path(path: Path, error: type[GlmEdgeError]) -> None:
-    """Refuses paths that Orbax cannot write, or cannot read back.
+    """Refuse paths that Orbax cannot write, or cannot read back.
 
     Args:
       path: checkpoint directory.
@@ -38,7 +38,7 @@ def check_path(path: Path, error: type[GlmEdgeError]) -> None:
 
 
 def write(directory: Path, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes arrays into `directory/arrays`.
+    """Write arrays into `directory/arrays`.
 
     Args:
       directory: existing checkpoint directory.
@@ -55,7 +55,7 @@ def write(directory: Path, arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(directory: Path, described: Any) -> dict[str, np.ndarray]:
-    """Reads arrays from `directory/arrays` as numpy arrays, independent of the current devices.
+    """Read arrays from `directory/arrays` as numpy arrays, independent of the current devices.
 
     Args:
       directory: checkpoint directory.
@@ -99,7 +99,7 @@ def read(directory: Path, described: Any) -> dict[str, np.ndarray]:
 
 
 def _check_files(source: Path) -> None:
-    """Refuses pipes, devices and links to other directories before Orbax opens them."""
+    """Refuse pipes, devices and links to other directories before Orbax opens them."""
     root = source.resolve()
     for folder, directories, names in os.walk(source, onerror=_refuse):
         for name in (*directories, *names):
@@ -121,7 +121,7 @@ def _refuse(error: OSError) -> None:
 @shared
 @contextlib.contextmanager
 def _quiet_tasks() -> Iterator[None]:
-    """Suppresses the tracebacks of tasks that Orbax abandons."""
+    """Suppress the tracebacks of tasks that Orbax abandons."""
     logger = logging.getLogger("asyncio")
     disabled, hook = logger.disabled, sys.unraisablehook
     logger.disabled, sys.unraisablehook = True, lambda _: None
@@ -134,7 +134,7 @@ def _quiet_tasks() -> Iterator[None]:
 
 
 def _is_description(value: Any) -> bool:
-    """Tests for `{name: [type, [sizes]]}`."""
+    """Test for `{name: [type, [sizes]]}`."""
     return isinstance(value, dict) and all(
         isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)
         for entry in value.values()

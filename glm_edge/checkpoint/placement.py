@@ -37,11 +37,11 @@ class Destination:
         return None if rows == (0, self.shape[0]) else rows
 
     def read(self, file: SafetensorsFile, name: str) -> np.ndarray:
-        """Reads a tensor of this shape, or only the rows that this process needs."""
+        """Read a tensor of this shape, or only the rows that this process needs."""
         return file.read(name) if self.rows is None else file.read_rows(name, *self.rows)
 
     def put(self, array: np.ndarray) -> jax.Array:
-        """Moves the complete array, or the rows from `read`, to the devices of this process."""
+        """Move the complete array, or the rows from `read`, to the devices of this process."""
         if self.sharding is None:
             return to_device(array)
         skipped = 0 if array.shape == self.shape or self.rows is None else self.rows[0]
@@ -67,7 +67,7 @@ class Placement:
     rules: Rules = RULES
 
     def plan(self, params: Params, config: ModelConfig | None) -> dict[str, Destination]:
-        """Plans the destination of every array.
+        """Plan the destination of every array.
 
         Args:
           params: tree of concrete or abstract arrays and boxes.

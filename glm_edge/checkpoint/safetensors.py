@@ -80,7 +80,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Reads and checks the header.
+        """Read and check the header.
 
         Args:
           path: file path.
@@ -97,7 +97,7 @@ class SafetensorsFile:
             self.tensors = _read_header(self.path, file)
 
     def read(self, name: str) -> np.ndarray:
-        """Reads a tensor into new memory, aligned such that `to_device` needs no copy.
+        """Read a tensor into new memory, aligned such that `to_device` needs no copy.
 
         Args:
           name: name of the tensor.
@@ -112,7 +112,7 @@ class SafetensorsFile:
         return self._read(name, info.begin, info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Reads only the bytes of `tensor[start:stop]`.
+        """Read only the bytes of `tensor[start:stop]`.
 
         Args:
           name: name of the tensor, which has at least one dimension.
@@ -152,7 +152,7 @@ class SafetensorsFile:
 
 
 def by_tensor(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
-    """Maps each tensor to its file.
+    """Map each tensor to its file.
 
     Args:
       files: safetensors files.
@@ -179,7 +179,7 @@ def _version(file: io.FileIO) -> tuple[int, int]:
 
 
 def to_device(array: np.ndarray, sharding: Any = None) -> jax.Array:
-    """Moves an array to a jax device; on the host, jax uses its memory without a copy.
+    """Move an array to a jax device; on the host, jax uses its memory without a copy.
 
     Args:
       array: array of any type, which callers must not modify afterwards.
@@ -271,7 +271,7 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], start: int, size: 
 def write_safetensors(
     path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes arrays one by one; equal arrays produce equal bytes.
+    """Write arrays one by one; equal arrays produce equal bytes.
 
     Args:
       path: file path.
@@ -305,7 +305,7 @@ def write_safetensors(
 
 
 def check_finite(array: np.ndarray, where: str) -> None:
-    """Refuses NaN and infinity; checks in blocks, so that a large tensor needs no copy.
+    """Refuse NaN and infinity; check in blocks, so that a large tensor needs no copy.
 
     Args:
       array: array of any type; integers and booleans pass.

@@ -36,7 +36,7 @@ ARCHITECTURES = {
 
 
 def expected_shapes(model: nn.Module) -> Shapes:
-    """Infers the dense shape of every parameter by an abstract evaluation of `model.init`.
+    """Infer the dense shape of every parameter by an abstract evaluation of `model.init`.
 
     Args:
       model: one of `ARCHITECTURES`, of any configuration.
@@ -59,7 +59,7 @@ def expected_shapes(model: nn.Module) -> Shapes:
 
 
 def check_depth(config: Any, num_tensors: int, where: str) -> None:
-    """Refuses more layers than tensors, before the layers are traced.
+    """Refuse more layers than tensors, before the layers are traced.
 
     Args:
       config: configuration of a model or an encoder.
@@ -104,7 +104,7 @@ def _traced_shapes(kind: Any, config: Any, out_features: int) -> Shapes:
 
 
 def _one_of_each(config: DecoderConfig) -> tuple[DecoderConfig, list[int]]:
-    """Returns a decoder with one layer per width, and the index of each layer's width."""
+    """Return a decoder with one layer per width, and the index of each layer's width."""
     widths = [
         (config.heads(layer), config.kv_heads(layer), config.neurons(layer))
         for layer in range(config.num_layers)
@@ -122,7 +122,7 @@ def _one_of_each(config: DecoderConfig) -> tuple[DecoderConfig, list[int]]:
 
 
 def check_names(names: Iterable[str], expected: Mapping[str, Any], where: str) -> None:
-    """Checks that the stored tensor names are exactly the expected names.
+    """Check that the stored tensor names are exactly the expected names.
 
     Args:
       names: stored names.
@@ -149,7 +149,7 @@ def check_names(names: Iterable[str], expected: Mapping[str, Any], where: str) -
 
 
 def check_shape(shape: Iterable[int], expected: Iterable[int], where: str) -> None:
-    """Checks the shape of a tensor.
+    """Check the shape of a tensor.
 
     Args:
       shape: stored shape.
@@ -166,7 +166,7 @@ def check_shape(shape: Iterable[int], expected: Iterable[int], where: str) -> No
 
 
 def check_params(params: Any, model: nn.Module, where: str) -> None:
-    """Checks that a tree of arrays and boxes matches a model.
+    """Check that a tree of arrays and boxes matches a model.
 
     Args:
       params: tree of arrays and boxes.
@@ -180,7 +180,7 @@ def check_params(params: Any, model: nn.Module, where: str) -> None:
 
 
 def check_against(params: Any, expected: Shapes, where: str) -> None:
-    """Checks the paths and dense shapes of a tree of arrays and boxes.
+    """Check the paths and dense shapes of a tree of arrays and boxes.
 
     Args:
       params: tree of arrays and boxes.
@@ -197,7 +197,7 @@ def check_against(params: Any, expected: Shapes, where: str) -> None:
 
 
 def config_from_json(fields: Any, where: str, kind: type = GLMConfig) -> Any:
-    """Builds a configuration from JSON written by `to_dict`.
+    """Build a configuration from JSON written by `to_dict`.
 
     Args:
       fields: JSON value.

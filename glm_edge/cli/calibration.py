@@ -30,7 +30,7 @@ _HEADERS = {
 def from_file(
     path: str, tokenizer: Tokenizer | None, count: int, length: int, batch: int
 ) -> list[Batch]:
-    """Reads calibration batches.
+    """Read calibration batches.
 
     Args:
       path: UTF-8 text, or an .npz file whose arrays have the same number of rows.
@@ -63,7 +63,7 @@ def from_file(
 
 
 def read_arrays(path: str) -> dict[str, np.ndarray]:
-    """Reads an untrusted .npz file.
+    """Read an untrusted .npz file.
 
     Args:
       path: path of the file; its arrays are numeric or boolean, and not empty.
@@ -116,7 +116,7 @@ class _Pieces(io.BufferedReader):
 
 
 def _members(archive: zipfile.ZipFile, where: str) -> dict[str, np.ndarray]:
-    """Reads the arrays of an archive after checking the sum of their declared sizes."""
+    """Read the arrays of an archive after checking the sum of their declared sizes."""
     members = archive.infolist()
     total = sum(member.file_size for member in members)
     if total > MAX_ARRAY_BYTES:
@@ -141,7 +141,7 @@ def _members(archive: zipfile.ZipFile, where: str) -> dict[str, np.ndarray]:
 
 
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> None:
-    """Rejects a member that is not a numeric array of its declared size, without reading it."""
+    """Reject a member that is not a numeric array of its declared size, without reading it."""
     with archive.open(member) as file:
         version = npy.read_magic(file)
         if version not in _HEADERS:

@@ -10,7 +10,7 @@ from glm_edge.files import CONFIG, read_json
 
 
 def checkpoint_of(checkpoint: str | None) -> Path:
-    """Finds the directory that --checkpoint names.
+    """Find the directory that --checkpoint names.
 
     Args:
       checkpoint: a checkpoint directory, or the --out_dir of `glm-edge compress`, which contains

@@ -51,7 +51,7 @@ flags.disclaim_key_flags()
 
 
 def define_flags() -> None:
-    """Defines the command's flags."""
+    """Define the command's flags."""
     flags.DEFINE_string(
         "checkpoint", None, "Directory of the checkpoint to compress; default: shipped nano."
     )
@@ -79,7 +79,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str], draw: Callable[[Path], Batches] | None = None) -> None:
-    """Runs the command.
+    """Run the command.
 
     Args:
       argv: the program's name.
@@ -124,7 +124,7 @@ def main(argv: Sequence[str], draw: Callable[[Path], Batches] | None = None) -> 
 
 
 def read_calibration(source: Path) -> Batches:
-    """Reads the calibration batches that the flags name; returns none without --calibration."""
+    """Read the calibration batches that the flags name; return none without --calibration."""
     if not FLAGS.calibration:
         return []
     return calibration.from_file(
@@ -139,7 +139,7 @@ def read_calibration(source: Path) -> Batches:
 def summarize(
     source: Path, target: Path, recipe: Transform, report: Report, seconds: float
 ) -> dict[str, Any]:
-    """Returns the fields of report.json, except those of --text."""
+    """Return the fields of report.json, except those of --text."""
     return {
         "checkpoint": source.name,
         "recipe": json.loads(ge.to_json(recipe)),
@@ -156,14 +156,14 @@ def summarize(
 
 
 def read_windows(source: Path) -> corpora.Windows:
-    """Cuts --text into evaluation windows."""
+    """Cut --text into evaluation windows."""
     tokenizer = ge.load_tokenizer(source)
     ids = corpora.encode_text(tokenizer, corpora.read_text(FLAGS.text))
     return corpora.windows(ids[: FLAGS.text_tokens], corpora.token_bytes(tokenizer), FLAGS.length)
 
 
 def measure_text(source: Path, target: Path, windows: corpora.Windows) -> dict[str, Any]:
-    """Measures the perplexity of both models, and the distance between their predictions."""
+    """Measure the perplexity of both models, and the distance between their predictions."""
     dense = ge.load(source)
     before = text_loss(*dense, windows)
     after = text_loss(*ge.load(target), windows, dense)
@@ -176,7 +176,7 @@ def measure_text(source: Path, target: Path, windows: corpora.Windows) -> dict[s
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Prints the totals and notes."""
+    """Print the totals and notes."""
     before, after = summary["bytes_before"], summary["bytes_after"]
     rows = [
         ["bytes before", f"{before:,}"],

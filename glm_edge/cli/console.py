@@ -28,13 +28,13 @@ _ARGUMENT = re.compile(
 
 
 def refuse_arguments(argv: Sequence[str]) -> None:
-    """Raises UsageError if the command line contains more than flags."""
+    """Raise UsageError if the command line contains more than flags."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
 
 
 def bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """Returns a function that wraps an iterable in a progress bar.
+    """Return a function that wraps an iterable in a progress bar.
 
     The bar needs tqdm and a terminal, since control characters would clutter a log file.
     """
@@ -43,7 +43,7 @@ def bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
 
 
 def progress() -> Callable[[str, int, int], None]:
-    """Returns a callback `(stage, done, total)` that shows each stage as a progress bar.
+    """Return a callback `(stage, done, total)` that shows each stage as a progress bar.
 
     Transforms take it as `progress=`. Without tqdm or a terminal it shows nothing.
     """
@@ -78,12 +78,12 @@ def _tqdm() -> Callable[..., Any] | None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints an aligned table."""
+    """Print an aligned table."""
     print(text_table(header, rows))
 
 
 def as_flags(message: str, known: flags.FlagValues = FLAGS) -> str:
-    """Rewrites Python arguments in a message as flags of the running script.
+    """Rewrite Python arguments in a message as flags of the running script.
 
     An argument is `name=value` anywhere, or `name: ` at the beginning.
 
@@ -110,7 +110,7 @@ def as_flags(message: str, known: flags.FlagValues = FLAGS) -> str:
 
 
 def fail_in_one_line(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """Makes a script end with a one-line error and exit status 1 for invalid input."""
+    """Make a script end with a one-line error and exit status 1 for invalid input."""
 
     @functools.wraps(main)
     def guarded(argv: list[str]) -> None:
@@ -130,7 +130,7 @@ def launch(
     help_text: str | None = None,
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Runs a command or a script: its --help, its messages and its exit status.
+    """Run a command or a script: its --help, its messages and its exit status.
 
     Args:
       main: function of the program's name and the arguments that are not flags.
@@ -156,7 +156,7 @@ def launch(
 
 
 def help_page(text: str, described: str) -> str:
-    """Formats the page of --help: summary, example, flags, details, exit status.
+    """Format the page of --help: summary, example, flags, details, exit status.
 
     Args:
       text: docstring; its first indented lines are the example.
@@ -178,7 +178,7 @@ def help_page(text: str, described: str) -> str:
 
 
 def silence_libraries() -> None:
-    """Hides messages below a warning; every command and script calls this.
+    """Hide messages below a warning; every command and script calls this.
 
     Reports of absent backends (jax), of each step of a conversion (TensorFlow) and of each saved
     array (Orbax) would hide the command's output.

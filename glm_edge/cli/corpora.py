@@ -19,7 +19,7 @@ MAX_TEXT_BYTES = 1 << 30
 
 
 def read_text(path: str | Path) -> str:
-    """Reads a UTF-8 text file without changing line ends.
+    """Read a UTF-8 text file without changing line ends.
 
     Args:
       path: path of the file.
@@ -47,7 +47,7 @@ def read_text(path: str | Path) -> str:
 
 
 def check_absent(path: str | Path | None, overwrite: bool = False) -> None:
-    """Rejects an existing output file before the work starts.
+    """Reject an existing output file before the work starts.
 
     Args:
       path: path of the output file, or None without an output.
@@ -65,7 +65,7 @@ def check_absent(path: str | Path | None, overwrite: bool = False) -> None:
 
 
 def write_text(path: str | Path, text: str, overwrite: bool = False) -> None:
-    """Writes a UTF-8 file atomically.
+    """Write a UTF-8 file atomically.
 
     Args:
       path: path of the file; a missing directory is created.
@@ -88,7 +88,7 @@ def write_text(path: str | Path, text: str, overwrite: bool = False) -> None:
 
 
 def pydoc_topics(split: Literal["calibration", "evaluation"]) -> str:
-    """Returns half of the English help topics of CPython's `help()`.
+    """Return half of the English help topics of CPython's `help()`.
 
     The name of a topic determines its half, which is therefore the same in every version of Python.
     Many topics repeat paragraphs of others; only the first occurrence of a paragraph is kept, so
@@ -148,7 +148,7 @@ class Windows:
 
 
 def windows(tokens: np.ndarray, token_bytes: np.ndarray, length: int) -> Windows:
-    """Cuts a token stream into evaluation windows.
+    """Cut a token stream into evaluation windows.
 
     Args:
       tokens: token ids, int [T].
@@ -177,12 +177,12 @@ def windows(tokens: np.ndarray, token_bytes: np.ndarray, length: int) -> Windows
 
 
 def bits_per_byte(total_nats: float, num_bytes: int) -> float:
-    """Computes bits per UTF-8 byte of a text whose tokens have a total loss of `total_nats`."""
+    """Compute bits per UTF-8 byte of a text whose tokens have a total loss of `total_nats`."""
     return float(total_nats / np.log(2.0) / num_bytes)
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Encodes text by paragraph; names of special tokens such as `<|user|>` stay plain text.
+    """Encode text by paragraph; names of special tokens such as `<|user|>` stay plain text.
 
     Args:
       tokenizer: tokenizer of the model.
@@ -198,7 +198,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """Counts the UTF-8 bytes of each token.
+    """Count the UTF-8 bytes of each token.
 
     Args:
       tokenizer: tokenizer of the model.

@@ -29,7 +29,7 @@ flags.disclaim_key_flags()
 
 
 def define_flags() -> None:
-    """Defines the command's flags."""
+    """Define the command's flags."""
     flags.DEFINE_string(
         "checkpoint",
         None,
@@ -43,7 +43,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str], further: Further | None = None) -> None:
-    """Runs the command.
+    """Run the command.
 
     Args:
       argv: the program's name.
@@ -69,14 +69,14 @@ def main(argv: Sequence[str], further: Further | None = None) -> None:
 
 
 def text_windows(tokenizer: Tokenizer, path: str | None, limit: int) -> corpora.Windows:
-    """Cuts a file, or CPython's help topics, into evaluation windows."""
+    """Cut a file, or CPython's help topics, into evaluation windows."""
     text = corpora.read_text(path) if path else corpora.pydoc_topics("evaluation")
     tokens = corpora.encode_text(tokenizer, text)[:limit]
     return corpora.windows(tokens, corpora.token_bytes(tokenizer), WINDOW)
 
 
 def show(text: dict[str, Any], compared: bool) -> None:
-    """Prints the results."""
+    """Print the results."""
     print(
         f"text: perplexity {text['perplexity']:.2f}, {text['bits_per_byte']:.3f} bits per byte "
         f"over {text['tokens']} tokens"

@@ -56,7 +56,7 @@ flags.disclaim_key_flags()
 
 
 def define_flags() -> None:
-    """Defines the command's flags."""
+    """Define the command's flags."""
     flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
     flags.DEFINE_enum("format", "tflite", FORMATS, "Format to write.")
     flags.DEFINE_string("out", None, "Output file; a directory for onnx and mnn.", required=True)
@@ -95,7 +95,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the command."""
+    """Run the command."""
     refuse_arguments(argv)
     started = time.monotonic()
     out = Path(FLAGS.out)
@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check_flags(out: Path) -> None:
-    """Rejects flags that would fail after the work is done.
+    """Reject flags that would fail after the work is done.
 
     Raises:
       DataError: a flag does not apply to the format.
@@ -148,7 +148,7 @@ def check_flags(out: Path) -> None:
 
 
 def check_verify_flags() -> None:
-    """Rejects flags of --verify without an effect, and a missing runtime.
+    """Reject flags of --verify without an effect, and a missing runtime.
 
     Raises:
       DataError: a flag does not apply to the format.
@@ -169,7 +169,7 @@ def check_verify_flags() -> None:
 
 
 def lengths() -> list[int]:
-    """Parses --prefill_lengths."""
+    """Parse --prefill_lengths."""
     try:
         return [int(length) for length in FLAGS.prefill_lengths]
     except ValueError as error:
@@ -177,7 +177,7 @@ def lengths() -> list[int]:
 
 
 def accelerators(out: Path) -> dict[str, Any]:
-    """Counts the operators that each delegate accepts, and lists those on the CPU."""
+    """Count the operators that each delegate accepts, and list those on the CPU."""
     table = ge.export.compatibility(out)
     return {
         delegate: {
@@ -189,7 +189,7 @@ def accelerators(out: Path) -> dict[str, Any]:
 
 
 def text_ids(source: Path) -> tuple[np.ndarray | None, str]:
-    """Returns the tokens for the verification, None for random ones, and a description of them.
+    """Return the tokens for the verification, None for random ones, and a description of them.
 
     Raises:
       CheckpointError: the checkpoint has no tokenizer for --text.
@@ -208,7 +208,7 @@ def text_ids(source: Path) -> tuple[np.ndarray | None, str]:
 
 
 def verification(result: Any, ids: np.ndarray | None, source: Path, named: str) -> dict[str, Any]:
-    """Returns the comparison with JAX, or with the specification for a format that is not run."""
+    """Return the comparison with JAX, or with the specification for a format that is not run."""
     if FLAGS.format == "coreml":
         outcome = result.verify()
         return {"ran": False, **dataclasses.asdict(outcome), "summary": str(outcome)}
@@ -224,7 +224,7 @@ def verification(result: Any, ids: np.ndarray | None, source: Path, named: str) 
 
 
 def compared(result: Any, ids: np.ndarray | None, source: Path) -> list[Any] | None:
-    """Cuts the text into windows of the cache's length, or into prompts for an engine."""
+    """Cut the text into windows of the cache's length, or into prompts for an engine."""
     if ids is None:
         return None
     if FLAGS.format == "litertlm":
@@ -237,7 +237,7 @@ def compared(result: Any, ids: np.ndarray | None, source: Path) -> list[Any] | N
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Prints sizes, conversions, accelerators and the verification."""
+    """Print sizes, conversions, accelerators and the verification."""
     parameter_bytes = summary["parameter_bytes"]
     rows = [
         ["file", summary["file"]],
@@ -255,7 +255,7 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def verification_rows(outcome: dict[str, Any] | None) -> list[list[str]]:
-    """Returns the rows of the verification."""
+    """Return the rows of the verification."""
     if outcome is None:
         return [["verified", "no: the file was not run"]]
     if not outcome["ran"]:
@@ -280,7 +280,7 @@ def verification_rows(outcome: dict[str, Any] | None) -> list[list[str]]:
 
 
 def grouped(conversions: Sequence[dict[str, Any]]) -> list[str]:
-    """Formats one line per rule: the number of converted parameters, and the first of them."""
+    """Format one line per rule: the number of converted parameters, and the first of them."""
     by_rule: dict[tuple[str, bool], list[str]] = {}
     for conversion in conversions:
         rule = (conversion["rule"], conversion["changes_values"])

@@ -20,7 +20,7 @@ WIDE = jnp.dtype("float32")
 
 
 def load_wide(source: Path) -> tuple[nn.Module, Params, Params]:
-    """Loads a checkpoint in float32.
+    """Load a checkpoint in float32.
 
     Args:
       source: directory of the checkpoint.
@@ -35,7 +35,7 @@ def load_wide(source: Path) -> tuple[nn.Module, Params, Params]:
 
 
 def as_stored(params: Params, stored: Params, report: Report) -> tuple[Params, Report]:
-    """Casts parameters back to their stored types.
+    """Cast parameters back to their stored types.
 
     Parameters that are float32 after the recipe return to the source's type. Parameters with
     another type from the recipe (integers, float16) keep it. A new parameter gets the type of all
@@ -82,7 +82,7 @@ def as_stored(params: Params, stored: Params, report: Report) -> tuple[Params, R
 
 
 def _type_of(leaf: Any) -> Any:
-    """Returns the floating-point type of an array or a masked array, None for integers."""
+    """Return the floating-point type of an array or a masked array, None for integers."""
     if isinstance(leaf, Masked | FakeQuantized):
         return _type_of(leaf.value)
     if is_box(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -93,7 +93,7 @@ def _type_of(leaf: Any) -> Any:
 def _restated(
     rows: Iterable[Row], types: Mapping[str, Any], common: Any, stored: Mapping[str, Any]
 ) -> Iterable[Row]:
-    """Replaces the float32 bytes in rows with those of the stored types."""
+    """Replace the float32 bytes in rows with those of the stored types."""
     last: dict[str, tuple[int, int]] = {}
     fixed: set[str] = set()
     for row in rows:

@@ -42,7 +42,7 @@ def text_loss(
     reference: tuple[nn.Module, Params] | None = None,
     batch: int = 8,
 ) -> dict[str, float]:
-    """Computes loss on text, and the distance from a reference model on the same windows.
+    """Compute loss on text, and the distance from a reference model on the same windows.
 
     Args:
       model: model to measure.
@@ -72,7 +72,7 @@ def text_loss(
 def exported_text_loss(
     file: SignatureRunner, windows: corpora.Windows, reference: tuple[nn.Module, Params]
 ) -> dict[str, float]:
-    """Measures an exported file as `text_loss` does, with scores that the file computes.
+    """Measure an exported file as `text_loss` does, with scores that the file computes.
 
     Args:
       file: that is run, such as a `glm_edge.export.LiteRTModel`.
@@ -98,7 +98,7 @@ def exported_text_loss(
 
 
 def summarized(total: np.ndarray, windows: corpora.Windows) -> dict[str, float]:
-    """Computes the measures of a text from sums over all scored tokens.
+    """Compute the measures of a text from sums over all scored tokens.
 
     Args:
       total: float64 [3]: loss in nats, KL divergence in nats, and number of top-1 flips.

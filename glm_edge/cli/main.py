@@ -43,7 +43,7 @@ flags.disclaim_key_flags()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command.
+    """Run a command.
 
     Args:
       argv: program name, command and flags; None uses those of the process.
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def usage() -> str:
-    """Returns the list of commands."""
+    """Return the list of commands."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()]
     return f"{__doc__}\nCommands:\n" + "\n".join(lines)

@@ -7,7 +7,7 @@ from glm_edge.errors import OutputError
 
 
 def check_output(path: str | Path | None, overwrite: bool) -> None:
-    """Rejects an output file that cannot be written, before the work starts.
+    """Reject an output file that cannot be written, before the work starts.
 
     Args:
       path: path of the output file, or None without an output.

@@ -62,7 +62,7 @@ flags.disclaim_key_flags()
 
 
 def define_flags() -> None:
-    """Defines the command's flags."""
+    """Define the command's flags."""
     flags.DEFINE_string(
         "preset", "phone_9b", "Preset of the shapes, a name that ge.preset accepts."
     )
@@ -80,7 +80,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the command."""
+    """Run the command."""
     refuse_arguments(argv)
     check_output(FLAGS.json, FLAGS.overwrite)
     config = preset(FLAGS.preset)
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_format(name: str, flag: str | None = None) -> Format:
-    """Returns a format by its name.
+    """Return a format by its name.
 
     Args:
       name: name of a format, such as `int4-g32`.
@@ -131,7 +131,7 @@ def read_format(name: str, flag: str | None = None) -> Format:
 
 @functools.cache
 def shapes(config: GLMConfig) -> Params:
-    """Returns abstract bfloat16 parameters of a model."""
+    """Return abstract bfloat16 parameters of a model."""
     init = MultimodalGLM(config).init
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     abstract = jax.eval_shape(init, jax.random.key(0), tokens)["params"]
@@ -139,7 +139,7 @@ def shapes(config: GLMConfig) -> Params:
 
 
 def with_vocabulary(config: GLMConfig, size: int) -> GLMConfig:
-    """Cuts the vocabulary to its first `size` tokens; placeholders become the last ones."""
+    """Cut the vocabulary to its first `size` tokens; placeholders become the last ones."""
     names = ("image_token_id", "audio_token_id", "pad_token_id")
     last: dict[str, Any] = {
         name: size - 1 - offset
@@ -151,13 +151,13 @@ def with_vocabulary(config: GLMConfig, size: int) -> GLMConfig:
 
 
 def with_layers(config: GLMConfig, count: int) -> GLMConfig:
-    """Sets the number of decoder layers."""
+    """Set the number of decoder layers."""
     decoder = dataclasses.replace(config.decoder, num_layers=count)
     return dataclasses.replace(config, decoder=decoder)
 
 
 def formats_of(params: Params, body: Format, ends: Format, tower: Format) -> dict[str, Format]:
-    """Returns the format of every matrix: `ends` of embedding and head, `body` of the layers.
+    """Return the format of every matrix: `ends` of embedding and head, `body` of the layers.
 
     A matrix whose columns are not a multiple of the group size gets the type per channel. A matrix
     whose columns are not a multiple of four gets int4 instead of `ternary34`.
@@ -181,7 +181,7 @@ def _fitting(wanted: Format, columns: int) -> Format:
 
 
 def total(params: Params, body: Format, ends: Format, tower: Format) -> dict[str, int]:
-    """Counts the stored bytes of the decoder with embedding and head, and of each tower."""
+    """Count the stored bytes of the decoder with embedding and head, and of each tower."""
     formats = formats_of(params, body, ends, tower)
     by_part = {"text": 0, "vision": 0, "speech": 0}
     for path, leaf in boxes.path_items(params):
@@ -194,7 +194,7 @@ def total(params: Params, body: Format, ends: Format, tower: Format) -> dict[str
 def sizes(
     config: GLMConfig, name: str, body: Format, ends: Format, tower: Format
 ) -> dict[str, Any]:
-    """Returns one table row: parameters and bytes without and with the vision tower."""
+    """Return one table row: parameters and bytes without and with the vision tower."""
     params = shapes(config)
     # A body format wider than the tower's format also applies to the tower.
     tower = max(body, tower, key=lambda format: format.bits)
@@ -213,7 +213,7 @@ def sizes(
 
 
 def counts(params: Params) -> dict[str, int]:
-    """Counts the parameters of the decoder with embedding and head, and of each tower."""
+    """Count the parameters of the decoder with embedding and head, and of each tower."""
     by_part = {"text": 0, "vision": 0, "speech": 0}
     for path, leaf in boxes.path_items(params):
         part = path.split("/")[0]
@@ -222,7 +222,7 @@ def counts(params: Params) -> dict[str, int]:
 
 
 def parts(config: GLMConfig, tower: Format) -> list[dict[str, Any]]:
-    """Lists the parameters of each part, and bytes of a tower in its format."""
+    """List the parameters of each part, and bytes of a tower in its format."""
     params = shapes(config)
     stored, weights = total(params, tower, tower, tower), counts(params)
     plain = Format("bfloat16")
@@ -244,7 +244,7 @@ def claim(
     part_rows: Sequence[Mapping[str, Any]],
     budgets: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Compares the published claim with the bytes that its format needs."""
+    """Compare the published claim with the bytes that its format needs."""
     row = next(row for row in uniform if row["format"] == CLAIM)
     text = next(part["parameters"] for part in part_rows if part["part"] == "text")
     fitting = [
@@ -267,7 +267,7 @@ def claim(
 def most_layers(
     config: GLMConfig, body: Format, ends: Format, tower: Format, budgets: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Finds the largest number of decoder layers per budget, without and with the vision tower."""
+    """Find the largest number of decoder layers per budget, without and with the vision tower."""
     tower = max(body, tower, key=lambda format: format.bits)
     params = shapes(config)
     stored = total(params, body, ends, tower)
@@ -284,7 +284,7 @@ def most_layers(
 
 
 def show(report: Mapping[str, Any]) -> None:
-    """Prints the tables."""
+    """Print the tables."""
     budgets = report["budgets"]
     named = ", ".join(f"{value:,} bytes ({name})" for name, value in budgets.items())
     print(f"{report['preset']}; budget {named}\n")

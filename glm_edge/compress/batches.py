@@ -49,7 +49,7 @@ KEYS = ("tokens", "loss_mask", *INPUTS, "valid")
 
 
 def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Returns the inputs of a model besides tokens, by name of its arguments."""
+    """Return the inputs of a model besides tokens, by name of its arguments."""
     inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
     if batch.get("valid") is not None and reads_valid(model):
         inputs["valid"] = batch["valid"]
@@ -57,7 +57,7 @@ def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def reads_valid(model: nn.Module) -> bool:
-    """Tests for a model with an argument `valid`, such as `TextEncoder`."""
+    """Test for a model with an argument `valid`, such as `TextEncoder`."""
     kind: Any = type(model)
     return _reads_valid(kind)
 
@@ -70,7 +70,7 @@ def _reads_valid(kind: type) -> bool:
 def apply_batch(
     model: nn.Module | Called, params: Params, batch: Batch, variables: dict[str, Any] | None = None
 ) -> Array:
-    """Runs a model on a batch.
+    """Run a model on a batch.
 
     Args:
       model: module that maps `(tokens, **inputs)` to logits, alone or first in a tuple; or a
@@ -91,7 +91,7 @@ def apply_batch(
 
 
 def loss_weights(model: nn.Module, batch: Batch) -> Array:
-    """Computes the weight of each next-token prediction.
+    """Compute the weight of each next-token prediction.
 
     Args:
       model: model that reads the batch, for its special tokens.
@@ -116,7 +116,7 @@ def loss_weights(model: nn.Module, batch: Batch) -> Array:
 
 
 def cross_entropy(logits: Array, tokens: Array) -> Array:
-    """Computes the loss of each next-token prediction.
+    """Compute the loss of each next-token prediction.
 
     Args:
       logits: [B, T, V].
@@ -134,7 +134,7 @@ def cross_entropy(logits: Array, tokens: Array) -> Array:
 
 
 def check_predictions(whose: str, logits: Array, tokens: Array) -> None:
-    """Checks that logits are [B, T, V]; raises RecipeError, which names `whose`, otherwise."""
+    """Check that logits are [B, T, V]; raise RecipeError, which names `whose`, otherwise."""
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         raise RecipeError(
             f"{whose} returns logits {list(logits.shape)} for tokens {list(tokens.shape)}; they "
@@ -144,14 +144,14 @@ def check_predictions(whose: str, logits: Array, tokens: Array) -> None:
 
 
 def weighted_mean(values: Array, weights: Array) -> Array:
-    """Averages values [B, T - 1] by the weights of predictions; zero if all weights are zero."""
+    """Average values [B, T - 1] by the weights of predictions; zero if all weights are zero."""
     return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), NO_WEIGHT)
 
 
 def row_losses(
     model: nn.Module | Called, params: Params, batch: Batch, variables: dict[str, Any] | None = None
 ) -> Array:
-    """Computes the weighted mean loss per row.
+    """Compute the weighted mean loss per row.
 
     Args:
       model: module or `Called`.
@@ -170,7 +170,7 @@ def row_losses(
 
 
 def mean_loss(model: nn.Module | Called, params: Params, batch: Batch) -> Array:
-    """Computes the weighted mean loss of a batch.
+    """Compute the weighted mean loss of a batch.
 
     Args:
       model: module or `Called`.
@@ -188,14 +188,14 @@ def mean_loss(model: nn.Module | Called, params: Params, batch: Batch) -> Array:
 
 
 def count_rows(batch: Batch) -> int:
-    """Counts the rows of a batch from `to_device`."""
+    """Count the rows of a batch from `to_device`."""
     if "tokens" in batch:
         return batch["tokens"].shape[0]
     return calibrations.rows_of(batch["batch"])
 
 
 def to_device(model: Any, batch: Any, where: str = "calibration") -> Batch:
-    """Checks a batch, removes padding and moves it to the device.
+    """Check a batch, remove padding and move it to the device.
 
     Args:
       model: model that reads the batch, for its special tokens; or a `Called`.
@@ -258,7 +258,7 @@ def to_device(model: Any, batch: Any, where: str = "calibration") -> Batch:
 
 
 def _numbers(value: Any, name: str, where: str) -> np.ndarray:
-    """Converts a value to a numeric numpy array."""
+    """Convert a value to a numeric numpy array."""
     try:
         array = np.asarray(value)
     except ValueError as error:
@@ -269,7 +269,7 @@ def _numbers(value: Any, name: str, where: str) -> np.ndarray:
 
 
 def _shape(value: Any, name: str, where: str) -> tuple[int, ...]:
-    """Returns the shape of an array without a transfer from its device."""
+    """Return the shape of an array without a transfer from its device."""
     return tuple(value.shape) if hasattr(value, "shape") else _numbers(value, name, where).shape
 
 
@@ -345,14 +345,14 @@ def _placeholders(config: Any) -> dict[str, int | None]:
 
 
 def _filler(config: Any) -> int:
-    """Returns a token for padding that is not a placeholder."""
+    """Return a token for padding that is not a placeholder."""
     tokens = (getattr(config, "pad_token_id", None), 0, 1, 2)
     placeholders = tuple(_placeholders(config).values())
     return next(token for token in tokens if token is not None and token not in placeholders)
 
 
 def _features(config: Any, batch: Batch, name: str) -> np.ndarray:
-    """Counts features per image or recording in reading order, or per row if equal for all rows."""
+    """Count features per image or recording in reading order, or per row if equal for all rows."""
     value = batch[name]
     if name == "images" and isinstance(value, list | tuple):
         return np.asarray(feature_counts(value, config.vision))
@@ -368,7 +368,7 @@ def _features(config: Any, batch: Batch, name: str) -> np.ndarray:
 
 
 def _check_placeholders(config: Any, batch: Batch, where: str) -> None:
-    """Checks that the count of placeholders equals the count of features."""
+    """Check that the count of placeholders equals the count of features."""
     valid = batch.get("valid", True)
     for name, token in _placeholders(config).items():
         encoder = "vision" if name == "images" else "speech"
@@ -391,12 +391,12 @@ def _check_placeholders(config: Any, batch: Batch, where: str) -> None:
 
 
 def _in_reading_order(batch: Batch, name: str) -> bool:
-    """Tests for images or recordings of all rows in reading order, not per row."""
+    """Test for images or recordings of all rows in reading order, not per row."""
     return isinstance(batch[name], list | tuple) or (name == "audio" and "audio_frames" in batch)
 
 
 def single_rows(model: nn.Module, batch: Batch) -> list[Batch] | None:
-    """Splits a batch into batches of one row, each with its images and recordings.
+    """Split a batch into batches of one row, each with its images and recordings.
 
     Args:
       model: model that reads the batch.
@@ -438,7 +438,7 @@ def _row(batch: Batch, index: int, rows: int, without: Sequence[str]) -> Batch:
 def check(
     model: nn.Module, calibration: Any, transform: str, without: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Checks that calibration is present and contains all inputs of the model.
+    """Check that calibration is present and contains all inputs of the model.
 
     Args:
       model: Linen module, with or without a configuration.
@@ -480,7 +480,7 @@ def check(
 
 
 def padding_notes(model: nn.Module, ragged: bool) -> tuple[str, ...]:
-    """Returns a note if padding may influence the model.
+    """Return a note if padding may influence the model.
 
     Args:
       model: model that reads the batches.
@@ -498,14 +498,14 @@ def padding_notes(model: nn.Module, ragged: bool) -> tuple[str, ...]:
 
 
 def keys_of(batch: Any) -> set[str]:
-    """Returns the names of a batch's arrays that are not None."""
+    """Return the names of a batch's arrays that are not None."""
     if not isinstance(batch, Mapping):
         return set()
     return {str(name) for name in batch if batch[name] is not None}
 
 
 def missing_modalities(model: nn.Module, keys: Collection[str]) -> tuple[str, ...]:
-    """Returns notes on inputs of a model that no calibration batch contained.
+    """Return notes on inputs of a model that no calibration batch contained.
 
     Args:
       model: Linen module, with or without a configuration.
@@ -523,7 +523,7 @@ def missing_modalities(model: nn.Module, keys: Collection[str]) -> tuple[str, ..
 
 
 def in_order(calibration: Sequence[Item], rng: Array | None, skip: int = 0) -> Iterator[Item]:
-    """Yields batches endlessly, in rounds that contain each batch once.
+    """Yield batches endlessly, in rounds that contain each batch once.
 
     Args:
       calibration: batches; without a known length, they keep their order.
@@ -546,7 +546,7 @@ def in_order(calibration: Sequence[Item], rng: Array | None, skip: int = 0) -> I
 def in_proportion(
     calibration: Sequence[Batch], mixture: Mapping[str, float], rng: Array | None, skip: int = 0
 ) -> Iterator[Batch]:
-    """Yields batches endlessly, with a fixed share per kind at any time, up to about one batch.
+    """Yield batches endlessly, with a fixed share per kind at any time, up to about one batch.
 
     The next kind is the one furthest below its share. The batches of each kind are ordered
     separately by `in_order`.
@@ -593,7 +593,7 @@ def in_proportion(
 
 
 def kind_of(batch: Any) -> str:
-    """Returns `audio` for a batch with audio, otherwise `images` with images, otherwise `text`."""
+    """Return `audio` for a batch with audio, otherwise `images` with images, otherwise `text`."""
     names = keys_of(batch)
     return next((name for name in KINDS[:0:-1] if name in names), KINDS[0])
 

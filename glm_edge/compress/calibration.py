@@ -94,7 +94,7 @@ class Calibration:
 
 
 def check_list(batches: Any, name: str) -> None:
-    """Checks that `batches` is not a single batch; raises DataError otherwise."""
+    """Check that `batches` is not a single batch; raise DataError otherwise."""
     if isinstance(batches, Mapping):
         raise DataError(f"{name} is a list of batches, and this is a single one; pass [batch]")
 
@@ -133,12 +133,12 @@ class Called:
     variables: Mapping[str, Any] = field(compare=False, repr=False)
 
     def run(self, params: Params, batch: Mapping[str, Any]) -> Any:
-        """Runs `apply`, or `loss` without `apply`, and returns its result."""
+        """Run `apply`, or `loss` without `apply`, and return its result."""
         run: Any = self.apply or self.loss
         return self._called(run, params, batch)
 
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Array:
-        """Computes logits [..., N], float32.
+        """Compute logits [..., N], float32.
 
         Args:
           params: parameters of the model.
@@ -158,7 +158,7 @@ class Called:
         return self.logits_of(self.run(params, batch))
 
     def logits_of(self, output: Any) -> Array:
-        """Converts the result of `apply` to float32 logits; raises as `logits`."""
+        """Convert the result of `apply` to float32 logits; raise as `logits`."""
         output = output[0] if isinstance(output, tuple) else output
         if not _is_floating(output) or not output.ndim:
             raise RecipeError(
@@ -168,7 +168,7 @@ class Called:
         return output.astype(jnp.float32)
 
     def row_losses(self, params: Params, batch: Mapping[str, Any]) -> Array:
-        """Computes the loss per row; a scalar loss applies to every row.
+        """Compute the loss per row; a scalar loss applies to every row.
 
         Args:
           params: parameters of the model.
@@ -228,7 +228,7 @@ def _described(value: Any) -> str:
 
 
 def called(model: Any, calibration: Any) -> Any:
-    """Wraps a model in `Called` if calibration provides functions that run it.
+    """Wrap a model in `Called` if calibration provides functions that run it.
 
     Args:
       model: Linen module.
@@ -245,14 +245,14 @@ def called(model: Any, calibration: Any) -> Any:
 
 
 def with_batches(calibration: Any, batches: list[Any]) -> Any:
-    """Replaces the batches and keeps the functions."""
+    """Replace the batches and keep the functions."""
     if not isinstance(calibration, Calibration):
         return batches
     return Calibration(batches, calibration.apply, calibration.loss, calibration.variables)
 
 
 def has_length(calibration: Any) -> bool:
-    """Tests for calibration whose count of batches is known in advance."""
+    """Test for calibration whose count of batches is known in advance."""
     if isinstance(calibration, Calibration):
         return has_length(calibration.batches)
     return hasattr(calibration, "__len__")
@@ -267,12 +267,12 @@ def evenly_spaced(calibration: Any, count: int) -> list[Any]:
 
 
 def is_empty(calibration: Any) -> bool:
-    """Tests for None or an empty collection of known length."""
+    """Test for None or an empty collection of known length."""
     return calibration is None or (has_length(calibration) and not len(calibration))
 
 
 def to_device(model: Called, batch: Any, where: str) -> dict[str, Any]:
-    """Checks a batch for `Called` and moves it to the device.
+    """Check a batch for `Called` and move it to the device.
 
     Args:
       model: model with its functions.
@@ -312,12 +312,12 @@ def _array(leaf: Any) -> np.ndarray | None:
 
 
 def rows_of(batch: Any) -> int:
-    """Returns the rows of a pytree whose arrays share their first axis; otherwise 1."""
+    """Return the rows of a pytree whose arrays share their first axis; otherwise 1."""
     return _shared_axis(batch) or 1
 
 
 def single_rows(batch: dict[str, Any]) -> dict[str, Any] | None:
-    """Splits a batch for `Called` into batches of one row, stacked [B, 1, ...].
+    """Split a batch for `Called` into batches of one row, stacked [B, 1, ...].
 
     Args:
       batch: batch from `to_device`.
@@ -337,7 +337,7 @@ def _shared_axis(batch: Any) -> int | None:
 
 
 def check_without(without: Sequence[str]) -> None:
-    """Checks names of inputs that calibration intentionally lacks.
+    """Check names of inputs that calibration intentionally lacks.
 
     Args:
       without: names of inputs.

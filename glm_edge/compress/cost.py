@@ -25,7 +25,7 @@ Model = tuple[nn.Module, Params]
 
 
 def flops(model: nn.Module, context: int = CONTEXT) -> dict[str, int] | None:
-    """Counts floating-point operations of products, two per multiplication by a weight.
+    """Count floating-point operations of products, two per multiplication by a weight.
 
     Norms, activations, softmax and the resampling of position tables are excluded; they are below
     2 % for phone-sized models. Masked zeros are included, since they are multiplied.
@@ -79,7 +79,7 @@ def _decoder_flops(config: DecoderConfig, slots: int) -> int:
 
 
 def _layers_flops(config: Any, tokens: int, slots: Any, matrices: int) -> int:
-    """Counts an encoder's layers; `slots` is the count of attended tokens, or a list per layer."""
+    """Count an encoder's layers; `slots` is the count of attended tokens, or a list per layer."""
     total = 0
     for layer in range(config.num_layers):
         attended = slots if isinstance(slots, int) else slots[layer]
@@ -120,7 +120,7 @@ def _speech_flops(config: SpeechConfig, out: int) -> int:
 def measure(
     before: Model, after: Model, rounds: int = 15, calls: int = 4, context: int = CONTEXT
 ) -> tuple[Latency, ...]:
-    """Measures the latency of two models: a decoding step of one row, one image, clip or sentence.
+    """Measure the latency of two models: a decoding step of one row, one image, clip or sentence.
 
     Each round times both models, in alternating order, so that other load on the machine affects
     both. The speedup compares times of the same round. No transform measures latency by itself; a
@@ -162,7 +162,7 @@ def measure(
 
 
 def _work(model: nn.Module, params: Params, context: int) -> dict[str, Callable[[], Any]]:
-    """Builds a callable per kind of work of a model."""
+    """Build a callable per kind of work of a model."""
     config, work = getattr(model, "config", None), {}
     encodes = isinstance(config, VisionConfig | SpeechConfig)
     vision = config if isinstance(config, VisionConfig) else getattr(config, "vision", None)
@@ -186,7 +186,7 @@ def _work(model: nn.Module, params: Params, context: int) -> dict[str, Callable[
 
 
 def _decoding(model: nn.Module, params: Params, context: int) -> Callable[[], Any]:
-    """Builds a greedy decoding step of one row at a fixed slot of the cache."""
+    """Build a greedy decoding step of one row at a fixed slot of the cache."""
     cache = init_cache(model.config.decoder, 1, 2 * context)
 
     @functools.partial(jax.jit, donate_argnums=1)

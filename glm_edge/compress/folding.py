@@ -56,18 +56,18 @@ class Fold:
         return self.blocks[0] * self.blocks[2]
 
     def spread(self, factor: Array) -> Array:
-        """Expands factors of the channels, [channels], to the columns, [columns]."""
+        """Expand factors of the channels, [channels], to the columns, [columns]."""
         count, repeats, width = self.blocks
         channels = jnp.reshape(factor, (count, 1, width))
         return jnp.broadcast_to(channels, (count, repeats, width)).reshape(-1)
 
     def repeated(self, columns: Array) -> Array:
-        """Groups values of the columns, [columns], by channel, [repeats, channels]."""
+        """Group values of the columns, [columns], by channel, [repeats, channels]."""
         by_block = jnp.reshape(columns, self.blocks)
         return jnp.moveaxis(by_block, 1, 0).reshape(self.blocks[1], -1)
 
     def within(self, leaves: Leaves) -> bool:
-        """Tests that `leaves` contains all parameters as arrays or `Masked`."""
+        """Test that `leaves` contains all parameters as arrays or `Masked`."""
         return all(
             path in leaves and _scales(leaves[path]) for path in (*self.producers, *self.consumers)
         )
@@ -90,7 +90,7 @@ class Residual:
 
 
 def folds(config: ModelConfig | None, where: str = "model") -> tuple[Fold, ...]:
-    """Lists every fold of a model, in the order of its layers.
+    """List every fold of a model, in the order of its layers.
 
     Within a layer, folds of matrices come before folds of norms, so that factors of a norm are
     computed from the final matrices.
@@ -129,7 +129,7 @@ def folds(config: ModelConfig | None, where: str = "model") -> tuple[Fold, ...]:
 
 
 def residual(config: ModelConfig | None, where: str = "model") -> Residual:
-    """Lists the parameters around the residual stream of a GLM's decoder.
+    """List the parameters around the residual stream of a GLM's decoder.
 
     Args:
       config: configuration of a GLM with an untied head.
@@ -189,7 +189,7 @@ def _check_projector(name: str, encoder: str, config: VisionConfig | SpeechConfi
 
 
 def move(fold: Fold, leaves: Leaves, factor: Array) -> dict[str, Any]:
-    """Divides producers by a factor and multiplies the consumers' columns by it.
+    """Divide producers by a factor and multiply the consumers' columns by it.
 
     A norm in a narrow type rounds the quotient. Consumers are multiplied by the rounded ratio, so
     that the function stays exact.
@@ -211,14 +211,14 @@ def move(fold: Fold, leaves: Leaves, factor: Array) -> dict[str, Any]:
 
 
 def divide_rows(leaf: Any, start: int, factor: Array) -> Any:
-    """Divides the rows of a matrix, or entries of a vector, from `start` on."""
+    """Divide the rows of a matrix, or entries of a vector, from `start` on."""
     rows = jnp.ones(leaf.shape[0], jnp.float32).at[start : start + factor.size].divide(factor)
     return multiply(leaf, rows.reshape(-1, *[1] * (len(leaf.shape) - 1)))
 
 
 @jax.jit
 def multiply(leaf: Any, factor: Array) -> Any:
-    """Multiplies an array or `Masked` by a broadcast factor in float32; the type stays."""
+    """Multiply an array or `Masked` by a broadcast factor in float32; the type stays."""
     values = leaf.value if isinstance(leaf, boxes.Masked) else leaf
     scaled = (values.astype(jnp.float32) * factor).astype(values.dtype)
     return leaf.replace(value=scaled) if isinstance(leaf, boxes.Masked) else scaled

@@ -78,7 +78,7 @@ METHODS = (
 
 
 def to_markdown(methods: Iterable[Method] = METHODS) -> str:
-    """Formats the table as Markdown."""
+    """Format the table as Markdown."""
     lines = [
         "| method | needs data | models | scanned stacks | leaves to export |",
         "|---|---|---|---|---|",

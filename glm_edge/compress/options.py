@@ -22,7 +22,7 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        """Raises RecipeError for a value of another type than its field says."""
+        """Raise RecipeError for a value of another type than its field says."""
         kind: Any = type(self)
         annotations = _annotations(kind)
         for item in dataclasses.fields(self):
@@ -37,7 +37,7 @@ class Options:
 
     @classmethod
     def of(cls, transform: str, option: str, value: Any) -> Self:
-        """Reads an option of a transform: a group, or a mapping as JSON holds it.
+        """Read an option of a transform: a group, or a mapping as JSON holds it.
 
         Args:
           transform: name, for messages.
@@ -67,7 +67,7 @@ class Options:
 
 @functools.cache
 def _annotations(kind: type) -> dict[str, Any]:
-    """Types of the fields of a class."""
+    """Return the types of the fields of a class."""
     return typing.get_type_hints(kind)
 
 

@@ -25,7 +25,7 @@ from glm_edge.errors import DataError
 
 
 def valid_tokens(config: Any, batch: dict[str, Any], tokens: np.ndarray, where: str) -> np.ndarray:
-    """Marks the tokens that are not padding, by the rules of the module's docstring.
+    """Mark the tokens that are not padding, by the rules of the module's docstring.
 
     Args:
       config: configuration of the model, or None.
@@ -71,12 +71,12 @@ def valid_tokens(config: Any, batch: dict[str, Any], tokens: np.ndarray, where: 
 
 
 def _leading(flags: np.ndarray) -> np.ndarray:
-    """Marks the run of True values at the beginning of each row."""
+    """Mark the run of True values at the beginning of each row."""
     return np.logical_and.accumulate(flags, axis=1)
 
 
 def _repeated(tokens: np.ndarray, weights: np.ndarray, placeholders: list[int]) -> int | None:
-    """Returns the only token with a run of two or more zero weights at an end of a row, or None."""
+    """Return the only token with a run of two or more zero weights at an end of a row, or None."""
     tried = set()
     for ends in (tokens, tokens[:, ::-1]):
         zeros = (weights if ends is tokens else weights[:, ::-1]) == 0
@@ -89,7 +89,7 @@ def _repeated(tokens: np.ndarray, weights: np.ndarray, placeholders: list[int]) 
 def without_padding(
     batch: dict[str, Any], valid: np.ndarray, filler: int, where: str
 ) -> dict[str, Any]:
-    """Moves the valid tokens of each row to its beginning, and truncates unused columns.
+    """Move the valid tokens of each row to its beginning, and truncate unused columns.
 
     Rows of equal length lose their padding completely. In a causal model, valid tokens do not
     attend to the padding after shorter rows.
@@ -141,7 +141,7 @@ def without_padding(
 
 
 def _of_rows(name: str, batch: dict[str, Any]) -> bool:
-    """Tests for images or recordings per row, not in reading order."""
+    """Test for images or recordings per row, not in reading order."""
     return not isinstance(batch[name], list | tuple) and not (
         name == "audio" and "audio_frames" in batch
     )
@@ -164,7 +164,7 @@ def _moved_positions(
 def _moved_mask(
     mask: np.ndarray, shape: tuple[int, ...], rows: np.ndarray, order: np.ndarray, where: str
 ) -> np.ndarray:
-    """Permutes queries and keys of a mask that is broadcastable to [B, 1, T, T]."""
+    """Permute queries and keys of a mask that is broadcastable to [B, 1, T, T]."""
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     full = (shape[0], mask.shape[1], shape[1], shape[1])
     try:

@@ -55,7 +55,7 @@ class ProgressLine:
 
 
 def progress_of(progress: Progress | bool | None) -> Progress | None:
-    """Converts the argument `progress=` to a callback.
+    """Convert the argument `progress=` to a callback.
 
     Args:
       progress: a callback, True for a `ProgressLine`, or None or False for no progress.

@@ -62,7 +62,7 @@ class Reading(NamedTuple):
 
 
 def watched(note: Callable[[Reading], None]) -> AbstractContextManager[None]:
-    """Calls `note` with every `Reading` of the models that run within this context."""
+    """Call `note` with every `Reading` of the models that run within this context."""
     roots: list[Any] = []
 
     def see(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -128,7 +128,7 @@ def _general(module: nn.DenseGeneral, path: str, shape: tuple[int, ...], x: Arra
 
 
 def _last(x: Array, axes: tuple[int, ...]) -> Array:
-    """Moves axes to the end in the given order, and joins them."""
+    """Move axes to the end in the given order, and join them."""
     others = tuple(axis for axis in range(x.ndim) if axis not in axes)
     return x.transpose(*others, *axes).reshape(*(x.shape[axis] for axis in others), -1)
 
@@ -201,7 +201,7 @@ class Layouts(Mapping[str, Layout]):
         )
 
     def known(self, path: str) -> Layout:
-        """Returns the layout, or that of a matrix `[..., out, in]` if unknown."""
+        """Return the layout, or that of a matrix `[..., out, in]` if unknown."""
         layout = self._known.get(path)
         return layout if isinstance(layout, Layout) else Layout()
 
@@ -219,7 +219,7 @@ def layouts_of(
     stacked: str | None = None,
     watch: Callable[[Callable[[Reading], None]], None] | None = None,
 ) -> Layouts:
-    """Infers the layout of each parameter.
+    """Infer the layout of each parameter.
 
     The layout comes from an abstract run of the model, by `watch` or on tokens or images of usual
     sizes. If the model does not run, it comes from the shape of the bias.
@@ -275,7 +275,7 @@ def _is_kernel(path: str) -> bool:
 def _from_reading(
     reading: Reading | None, shape: tuple[int, ...], bias: tuple[int, ...] | None
 ) -> Layout | str | None:
-    """Returns a layout, the reason why there is none, or None without information."""
+    """Return a layout, the reason why there is none, or None without information."""
     if reading is None:
         return None
     added = len(shape) - len(reading.shape)
@@ -290,7 +290,7 @@ def _from_reading(
 
 
 def _tried(model: nn.Module, leaves: Mapping[str, Any]) -> dict[str, Reading]:
-    """Collects readings on the first usual input that a model accepts; empty if it accepts none.
+    """Collect readings on the first usual input that a model accepts; empty if it accepts none.
 
     A module checks the shapes of its parameters, so an accepted input shows the true axes.
     """
@@ -323,7 +323,7 @@ def _tried(model: nn.Module, leaves: Mapping[str, Any]) -> dict[str, Reading]:
 
 
 def _usual_inputs(leaves: Mapping[str, Any]) -> Iterator[jax.ShapeDtypeStruct]:
-    """Yields tokens, then images of usual sizes if there is a kernel of an image convolution."""
+    """Yield tokens, then images of usual sizes if there is a kernel of an image convolution."""
     yield jax.ShapeDtypeStruct((1, 2), jnp.int32)
     sizes = [leaf.shape for path, leaf in leaves.items() if _is_kernel(path)]
     channels = [

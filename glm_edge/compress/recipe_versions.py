@@ -64,7 +64,7 @@ _GROUPS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 
 
 def upgraded(name: str, options: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """Converts options of an earlier version to the current one.
+    """Convert options of an earlier version to the current one.
 
     Args:
       name: name of the transform.
@@ -115,7 +115,7 @@ def _distill_from_version_1(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_version_0(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts options of a recipe without a version to version 1."""
+    """Convert options of a recipe without a version to version 1."""
     others = dict(options)
     if name in _DEFAULTS and set(_FORMAT) & set(others):
         old = {option: others.pop(option) for option in _FORMAT if option in others}

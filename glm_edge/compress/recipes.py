@@ -31,7 +31,7 @@ def __dir__() -> list[str]:
 
 
 def recipe_from_json(source: str | Path) -> Transform:
-    """Reads a transform from JSON.
+    """Read a transform from JSON.
 
     Args:
       source: JSON text, the path of a JSON file, or the name of a recipe, see `named`.
@@ -77,7 +77,7 @@ def _exists(source: str | os.PathLike) -> bool:
 
 
 def named(name: str) -> Transform:
-    """Returns a recipe by its name.
+    """Return a recipe by its name.
 
     - `phone`: int4 in groups of 32 for the decoder, int8 per channel for all others.
     - `small`: int4 for the encoders too, except the layers that read pixels and sound.
@@ -104,7 +104,7 @@ def named(name: str) -> Transform:
 
 
 def find(name_or_path: str) -> Transform:
-    """Returns a named recipe, or reads a JSON file.
+    """Return a named recipe, or read a JSON file.
 
     Args:
       name_or_path: name of a recipe, or path of a JSON file.
@@ -173,7 +173,7 @@ NAMED: dict[str, Callable[[], Transform]] = {
 
 
 def _from_file(fields: Any, where: str) -> Transform:
-    """Reads the outermost object, the only one with a version."""
+    """Read the outermost object, the only one with a version."""
     version = 0
     if isinstance(fields, dict):
         version = fields.get("version", 0)

@@ -106,7 +106,7 @@ reparameterize = Reparameterize
 def fold_batch_norm(
     kernel: Any, bias: Array | None, norm: Leaves, statistics: Leaves, eps: float = NORM_EPS
 ) -> tuple[Any, Array]:
-    """Folds a batch norm into the convolution (or product) before it.
+    """Fold a batch norm into the convolution (or product) before it.
 
     Args:
       kernel: array or `Masked` [..., out].
@@ -125,7 +125,7 @@ def fold_batch_norm(
 
 
 def join_branches(*branches: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Adds parallel size-preserving convolutions of equal stride to a single convolution.
+    """Add parallel size-preserving convolutions of equal stride to a single convolution.
 
     Args:
       *branches: pairs `(kernel, bias)`, [height, width, in / groups, out] with odd sizes, and
@@ -144,13 +144,13 @@ def join_branches(*branches: tuple[Array, Array]) -> tuple[Array, Array]:
 
 
 def identity_kernel(channels: int, groups: int = 1) -> Array:
-    """Builds the identity 1x1 convolution, [1, 1, channels / groups, channels]."""
+    """Build the identity 1x1 convolution, [1, 1, channels / groups, channels]."""
     inside = channels // groups
     return jnp.tile(jnp.eye(inside, dtype=jnp.float32), (1, groups))[None, None]
 
 
 def _deployed(params: Any, statistics: Params, path: str, rows: list[Row]) -> Params:
-    """Builds the parameters of the deployed model, and appends a row per folded norm to `rows`."""
+    """Build the parameters of the deployed model, and append a row per folded norm to `rows`."""
     if DENSE in params:
         kernel, bias = _merged(params, statistics, path)
         action = "branches joined, norms folded"

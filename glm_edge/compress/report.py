@@ -69,7 +69,7 @@ class Row:
     output_error: float | None = None
 
     def columns(self) -> dict[str, Any]:
-        """Returns the attributes by name, with the note split from the action.
+        """Return the attributes by name, with the note split from the action.
 
         Returns:
           Attributes by name. `action` contains only the result (`int4-g32`), and `note` the text
@@ -152,12 +152,12 @@ class Report:
 
     @classmethod
     def start(cls, params: Params) -> "Report":
-        """Creates an empty report on unchanged parameters."""
+        """Create an empty report on unchanged parameters."""
         return cls.of((), params, params)
 
     @classmethod
     def of(cls, rows: Sequence[Row], before: Params, after: Params, **extra: Any) -> "Report":
-        """Creates a report with the totals of two parameter trees.
+        """Create a report with the totals of two parameter trees.
 
         Args:
           rows: rows of the report.
@@ -178,7 +178,7 @@ class Report:
         )
 
     def __add__(self, later: "Report") -> "Report":
-        """Joins the report of a following transform; totals span both."""
+        """Join the report of a following transform; totals span both."""
         return Report(
             self.rows + later.rows,
             self.bytes_before,
@@ -193,7 +193,7 @@ class Report:
         )
 
     def with_latency(self, latency: Sequence[Latency]) -> "Report":
-        """Returns the report with measured times from `glm_edge.compress.cost.measure`."""
+        """Return the report with measured times from `glm_edge.compress.cost.measure`."""
         return replace(self, latency=tuple(latency))
 
     @property
@@ -225,7 +225,7 @@ class Report:
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *below])
 
     def _flops(self) -> list[tuple[str, int, int]]:
-        """Lists the kinds of work of both models, with FLOPs before and after."""
+        """List the kinds of work of both models, with FLOPs before and after."""
         before, after = self.flops_before or {}, self.flops_after or {}
         return [(work, before[work], count) for work, count in after.items() if work in before]
 
@@ -242,7 +242,7 @@ class Report:
         return [f"training: {len(self.curve)} steps, loss {first.loss:.4f} -> {last.loss:.4f}"]
 
     def _repr_html_(self) -> str:
-        """Returns the table as HTML for notebooks."""
+        """Return the table as HTML for notebooks."""
         lines = ["<table>", _html_row("th", _HEADINGS.values())]
         lines += [_html_row("td", _format(row)) for row in self.rows]
         lines += [_html_row("th", _format(self.total)), "</table>"]
@@ -251,7 +251,7 @@ class Report:
         return "\n".join([*lines, *(f"<p>{html.escape(line)}</p>" for line in below)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as dicts, lists and numbers, for JSON or a data frame.
+        """Return the report as dicts, lists and numbers, for JSON or a data frame.
 
         Returns:
           `rows` and `total` in the form of `Row.columns`, so that `pandas.DataFrame(
@@ -273,7 +273,7 @@ class Report:
         }
 
     def to_markdown(self) -> str:
-        """Formats rows, totals, FLOPs and latency as Markdown."""
+        """Format rows, totals, FLOPs and latency as Markdown."""
         lines = [
             "| " + " | ".join(_HEADINGS.values()) + " |",
             "|" + "|".join(" --- " if name in _TEXT else " ---: " for name in _HEADINGS) + "|",
@@ -285,7 +285,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes rows and totals, then FLOPs, latency and notes, without rounding.
+        """Write rows and totals, then FLOPs, latency and notes, without rounding.
 
         Columns are those of `Row.columns`, with a column per number. The row of totals also fills
         `count_before` and `count_after`. Rows of `FLOPs` and `latency` name the kind of work in
@@ -316,7 +316,7 @@ class Report:
         write_whole(Path(path), lambda file: file.write_bytes(content))
 
     def plot(self, path: str | Path) -> None:
-        """Plots bytes before and after per parameter, and the training curve if any.
+        """Plot bytes before and after per parameter, and the training curve if any.
 
         Args:
           path: image file. The suffix sets the format; without a suffix, `.png` is added.

@@ -64,7 +64,7 @@ class Context:
 
     @property
     def batches(self) -> Sequence[Batch]:
-        """Returns the calibration of a transform that needs some.
+        """Return the calibration of a transform that needs some.
 
         Raises:
           DataError: there is none.
@@ -74,7 +74,7 @@ class Context:
         return self.calibration
 
     def advance(self, stage: str, done: int, total: int) -> None:
-        """Calls the progress callback, if any."""
+        """Call the progress callback, if any."""
         if callable(self.progress):
             self.progress(stage, done, total)
 
@@ -139,7 +139,7 @@ class Transform:
     needs_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Checks the types of all fields; raises RecipeError for a wrong one."""
+        """Check the types of all fields; raise RecipeError for a wrong one."""
         kind: Any = type(self)
         types_of_fields = _annotations(kind)
         for item in dataclasses.fields(self):
@@ -150,7 +150,7 @@ class Transform:
             check_type(self.name, item.name, value, types_of_fields[item.name])
 
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
-        """Compresses a model within a call or a chain.
+        """Compress a model within a call or a chain.
 
         Args:
           model: Linen module, or None.
@@ -174,7 +174,7 @@ class Transform:
         return tuple(name for name in names if isinstance(getattr(self, name), Teacher))
 
     def _set(self, **values: Any) -> None:
-        """Replaces fields by normalized values, within `__post_init__`."""
+        """Replace fields by normalized values, within `__post_init__`."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -187,7 +187,7 @@ class Transform:
         progress: Progress | bool | None = None,
         without: Sequence[str] = (),
     ) -> Result:
-        """Compresses a model without modifying its arguments.
+        """Compress a model without modifying its arguments.
 
         Args:
           model: Linen module. None means parameters alone, for transforms that need no data.
@@ -246,12 +246,12 @@ class Transform:
 
 @functools.cache
 def _annotations(kind: type) -> dict[str, Any]:
-    """Returns the annotations of a class by field."""
+    """Return the annotations of a class by field."""
     return typing.get_type_hints(kind)
 
 
 def _check_arguments(name: str, model: Any, params: Any) -> None:
-    """Checks the types of model and parameters; raises RecipeError for a wrong one."""
+    """Check the types of model and parameters; raise RecipeError for a wrong one."""
     form = f"{name}: call it as transform(model, params)"
     if isinstance(params, nn.Module):
         raise RecipeError(f"{form}; params is a {type(params).__name__}, a model")
@@ -276,7 +276,7 @@ def _check_arguments(name: str, model: Any, params: Any) -> None:
 
 
 def _is_of_nnx(value: Any) -> bool:
-    """Tests for a module or a class of nnx, or a state of nnx."""
+    """Test for a module or a class of nnx, or a state of nnx."""
     # Only a program that imported nnx can have such a value; importing it here would cost time.
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
@@ -286,7 +286,7 @@ def _is_of_nnx(value: Any) -> bool:
 
 
 def _check_without_model(transform: Transform, calibration: Any) -> None:
-    """Checks that a transform works without a model; raises RecipeError otherwise."""
+    """Check that a transform works without a model; raise RecipeError otherwise."""
     names = sorted({step.name for step in transform.steps_in_order if step.needs_model})
     if names:
         raise RecipeError(f"{names[0]}: needs the model, a Linen module, and it is None; {_OF_NNX}")
@@ -298,7 +298,7 @@ def _check_without_model(transform: Transform, calibration: Any) -> None:
 
 
 def _unnamed(transform: Transform, model: Any, params: Params) -> tuple[str, ...]:
-    """Returns a note on arrays that no `where` can select, because of their names."""
+    """Return a note on arrays that no `where` can select, because of their names."""
     steps = transform.steps_in_order
     acting = [step for step in steps if step.name.startswith(("quantize.", "prune."))]
     # Tables of this library's models are not compressed.
@@ -327,7 +327,7 @@ _REGISTRY: dict[str, type[Transform]] = {}
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def register(name: str, *others: str) -> Callable[[type[Kind]], type[Kind]]:
-    """Registers a transform: a frozen dataclass of keyword-only fields, with a name.
+    """Register a transform: a frozen dataclass of keyword-only fields, with a name.
 
     Args:
       name: name in calls, chains and recipes, such as `quantize.rtn`.
@@ -350,7 +350,7 @@ def register(name: str, *others: str) -> Callable[[type[Kind]], type[Kind]]:
 
 
 def check_pattern(transform: str, option: str, pattern: Any) -> None:
-    """Checks that an option is None or a regular expression; raises RecipeError otherwise."""
+    """Check that an option is None or a regular expression; raise RecipeError otherwise."""
     if pattern is None:
         return
     try:
@@ -363,7 +363,7 @@ def check_pattern(transform: str, option: str, pattern: Any) -> None:
 
 
 def check_whole(transform: str, **options: Any) -> None:
-    """Checks that every option is an integer in 1..`MOST`; raises RecipeError otherwise."""
+    """Check that every option is an integer in 1..`MOST`; raise RecipeError otherwise."""
     for option, number in options.items():
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= MOST:
             raise RecipeError(
@@ -373,7 +373,7 @@ def check_whole(transform: str, **options: Any) -> None:
 
 
 def check_type(transform: str, option: str, value: Any, annotation: Any) -> None:
-    """Checks the type of an option, and refuses NaN and infinity.
+    """Check the type of an option, and refuse NaN and infinity.
 
     Options annotated with other types than `bool`, `int`, `float`, `str` and None are not checked.
 
@@ -411,12 +411,12 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Tests for an int or a float, excluding bool."""
+    """Test for an int or a float, excluding bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_fraction(transform: str, **fractions: Any) -> None:
-    """Checks that every option is a fraction in [0, 1); raises RecipeError otherwise."""
+    """Check that every option is a fraction in [0, 1); raise RecipeError otherwise."""
     for option, fraction in fractions.items():
         if not is_number(fraction) or not 0.0 <= fraction < 1.0:
             raise RecipeError(
@@ -426,7 +426,7 @@ def check_fraction(transform: str, **fractions: Any) -> None:
 
 
 def registered(name: str) -> type[Transform]:
-    """Looks up the class of a transform.
+    """Look up the class of a transform.
 
     Raises:
       RecipeError: no transform has this name.
@@ -471,7 +471,7 @@ class Chain(Transform):
 
 
 def chain(*transforms: Transform) -> Chain:
-    """Composes transforms, which are applied from left to right.
+    """Compose transforms, which are applied from left to right.
 
     Nested chains are flattened, so grouping has no effect. Step `i` receives the key folded with
     `i`. The input model of the chain is the default teacher of every step.
@@ -497,7 +497,7 @@ def chain(*transforms: Transform) -> Chain:
 
 
 def to_json(transform: Transform) -> str:
-    """Writes a transform as JSON with every option.
+    """Write a transform as JSON with every option.
 
         assert ge.recipe_from_json(ge.to_json(recipe)) == recipe
 

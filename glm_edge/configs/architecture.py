@@ -77,15 +77,15 @@ class DecoderConfig:
             )
 
     def heads(self, layer: int) -> int:
-        """Returns the query heads of one layer."""
+        """Return the query heads of one layer."""
         return _of_layer(self.num_heads, layer, "num_heads")
 
     def kv_heads(self, layer: int) -> int:
-        """Returns the key/value heads of one layer."""
+        """Return the key/value heads of one layer."""
         return _of_layer(self.num_kv_heads, layer, "num_kv_heads")
 
     def neurons(self, layer: int) -> int:
-        """Returns the width of the gated feed-forward network of one layer."""
+        """Return the width of the gated feed-forward network of one layer."""
         return _of_layer(self.intermediate_size, layer, "intermediate_size")
 
     @property
@@ -108,16 +108,16 @@ class EncoderWidths:
     head_dim: int | None
 
     def heads(self, layer: int) -> int:
-        """Returns the heads of one layer."""
+        """Return the heads of one layer."""
         return _of_layer(self.num_heads, layer, "num_heads", self._name)
 
     def kv_heads(self, layer: int) -> int:
-        """Returns the key/value heads of one layer, by default the number of query heads."""
+        """Return the key/value heads of one layer, by default the number of query heads."""
         shared = getattr(self, "num_kv_heads", None)
         return self.heads(layer) if shared is None else shared
 
     def neurons(self, layer: int) -> int:
-        """Returns the width of the feed-forward network of one layer."""
+        """Return the width of the feed-forward network of one layer."""
         return _of_layer(self.intermediate_size, layer, "intermediate_size", self._name)
 
     @property
@@ -130,7 +130,7 @@ class EncoderWidths:
         return type(self).__name__.removesuffix("Config").lower()
 
     def _check_widths(self, entries: int) -> None:
-        """Checks widths; `entries` is the required length of a tuple."""
+        """Check widths; `entries` is the required length of a tuple."""
         sizes = [
             name for name in ("hidden_size", "num_heads") if isinstance(getattr(self, name), int)
         ]
@@ -240,7 +240,7 @@ class VisionConfig(EncoderWidths):
             raise ConfigError(f"vision: {rows}x{columns} patches exceed {MAX_PATCHES}")
 
     def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Computes the patches (rows, columns) of an image.
+        """Compute the patches (rows, columns) of an image.
 
         Args:
           image_size: (height, width) in pixels.
@@ -383,7 +383,7 @@ class GLMConfig:
 
     @property
     def vision_tower(self) -> VisionConfig:
-        """Returns `vision` of a model that sees.
+        """Return `vision` of a model that sees.
 
         Raises:
           ConfigError: the model has none.
@@ -394,7 +394,7 @@ class GLMConfig:
 
     @property
     def speech_encoder(self) -> SpeechConfig:
-        """Returns `speech` of a model that hears.
+        """Return `speech` of a model that hears.
 
         Raises:
           ConfigError: the model has none.
@@ -422,7 +422,7 @@ ModelConfig = GLMConfig | DecoderConfig | VisionConfig | SpeechConfig | TextConf
 
 
 def _check_numbers(part: str, config: Any, sizes: Iterable[str], scales: Iterable[str]) -> None:
-    """Refuses sizes below 1, and scales outside the range of `SCALES`."""
+    """Refuse sizes below 1, and scales outside the range of `SCALES`."""
     for name in sizes:
         if getattr(config, name) < 1:
             raise ConfigError(f"{part}: {name} {getattr(config, name)} must be at least 1")
@@ -443,7 +443,7 @@ def _of_layer(value: int | tuple[int, ...], layer: int, field: str, part: str = 
 
 
 def to_dict(config: ModelConfig) -> dict[str, Any]:
-    """Converts a configuration (of a GLM or of one encoder) to JSON-ready dictionaries."""
+    """Convert a configuration (of a GLM or of one encoder) to JSON-ready dictionaries."""
     return dataclasses.asdict(config)
 
 
@@ -459,7 +459,7 @@ def from_dict(fields: dict[str, Any], kind: type[Config]) -> Config: ...
 
 
 def from_dict(fields: dict[str, Any], kind: type = GLMConfig) -> object:
-    """Rebuilds a configuration from the output of `to_dict` or its JSON.
+    """Rebuild a configuration from the output of `to_dict` or its JSON.
 
     Args:
       fields: nested dictionaries; lists become tuples.
@@ -510,7 +510,7 @@ def _build(kind: type, fields: Any, where: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tests a JSON value against a field's annotation; integers are in 0..2**31 - 1."""
+    """Test a JSON value against a field's annotation; integers are in 0..2**31 - 1."""
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)

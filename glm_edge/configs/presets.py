@@ -7,7 +7,7 @@ from glm_edge.errors import ConfigError
 
 
 def preset(name: str) -> GLMConfig:
-    """Returns a named configuration.
+    """Return a named configuration.
 
     Args:
       name: `nano` (shipped with weights), `tiny` (86 M parameters), `mobile` (340 M), `large`

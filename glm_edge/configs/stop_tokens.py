@@ -17,7 +17,7 @@ MAX_IDS = 1000
 
 
 def read_stop_tokens(directory: Path, *sections: Mapping[str, Any]) -> tuple[int, ...]:
-    """Reads the tokens that end an answer.
+    """Read the tokens that end an answer.
 
     As in transformers, the first file with a stop token wins: generation_config.json, then
     config.json, then its `text_config`.
@@ -45,7 +45,7 @@ def read_stop_tokens(directory: Path, *sections: Mapping[str, Any]) -> tuple[int
 
 
 def token_ids(value: Any, where: str) -> tuple[int, ...]:
-    """Reads a field with one token id, a list of token ids, or None.
+    """Read a field with one token id, a list of token ids, or None.
 
     Args:
       value: field value.
@@ -64,7 +64,7 @@ def token_ids(value: Any, where: str) -> tuple[int, ...]:
 
 
 def with_stop_tokens(config: Any, directory: Path) -> Any:
-    """Adds the stop tokens of a checkpoint directory to a model's configuration.
+    """Add the stop tokens of a checkpoint directory to a model's configuration.
 
     Args:
       config: configuration from config.json. Encoder configurations are returned unchanged.

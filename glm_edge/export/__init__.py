@@ -51,5 +51,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """Lists the public names, without the modules that they come from."""
+    """List the public names, without the modules that they come from."""
     return __all__

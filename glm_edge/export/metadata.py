@@ -10,7 +10,7 @@ from glm_edge.export.tflite import file as tflite_file
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Reads the description that the export stored, without reading the weights.
+    """Read the description that the export stored, without reading the weights.
 
     Args:
       path: a `.tflite` file, an `.mlpackage`, or a directory of ONNX or MNN graphs.

@@ -31,7 +31,7 @@ def chat(
     stop_strings: Sequence[str] = (),
     **options: Any,
 ) -> str | list[str]:
-    """Answers a conversation.
+    """Answer a conversation.
 
         processor = ge.Processor.from_checkpoint(path)
         ge.chat(model, params, processor, "What does the screen show?", images=["screen.png"])
@@ -104,13 +104,13 @@ def chat(
 def _question(
     text: str, images: Sequence[Any], videos: Sequence[Any], audio: Sequence[Any]
 ) -> dict[str, Any]:
-    """Makes a user's message of media, then the question."""
+    """Make a user's message of media, then the question."""
     media = {"image": images, "video": videos, "audio": audio}
     parts = [{"type": kind} for kind, values in media.items() for _ in values]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
 
 
 def _before(text: str, stop_strings: Sequence[str]) -> str:
-    """Cuts a text before the first stop string."""
+    """Cut a text before the first stop string."""
     starts = [start for stop in stop_strings if (start := text.find(stop)) >= 0]
     return text[: min(starts, default=len(text))]

@@ -61,7 +61,7 @@ def generate(
     return_logits: bool = False,
     options: DecodeOptions = DEFAULTS,
 ) -> Generation:
-    """Continues a batch of prompts until each row has stopped or has `max_new_tokens`.
+    """Continue a batch of prompts until each row has stopped or has `max_new_tokens`.
 
     Token `n` of row `b` is drawn with `fold_in(fold_in(rng, b), n)`, or `fold_in(rng[b], n)` when
     `rng` holds one key per row. So the same key gives the same tokens for any other rows, padding
@@ -122,7 +122,7 @@ def stream(
     rng: Array | None = None,
     options: DecodeOptions = DEFAULTS,
 ) -> Iterator[np.ndarray]:
-    """Yields the tokens of `generate` one by one, and ends when every row has stopped.
+    """Yield the tokens of `generate` one by one, and end when every row has stopped.
 
     Args:
       model: the model.
@@ -155,7 +155,7 @@ def stream(
 def greedy(
     model: MultimodalGLM, params: Params, inputs: ModelInputs, max_new_tokens: int = 16
 ) -> Array:
-    """Extends prompts by the top-1 token, step by step.
+    """Extend prompts by the top-1 token, step by step.
 
     Args:
       model: with the stop tokens in its configuration.
@@ -170,7 +170,7 @@ def greedy(
 
 
 def stop_ids(model: MultimodalGLM, stop_tokens: Sequence[int] | None) -> tuple[int, ...]:
-    """Returns the tokens that end a row, by default those of the configuration.
+    """Return the tokens that end a row, by default those of the configuration.
 
     Raises:
       DataError: `stop_tokens` are not a sequence of the model's tokens.
@@ -197,7 +197,7 @@ def _begin(
     rng: Array | None,
     options: DecodeOptions,
 ) -> tuple[Prompt, steps.DecodeState, Array]:
-    """Runs the prefill and draws the first token; returns the stop tokens as an array, too."""
+    """Run the prefill and draw the first token; return the stop tokens as an array, too."""
     beyond_context = getattr(options, "beyond_context", False)
     prompt = Prompt.of(config_of(model), inputs, max_new_tokens, beyond_context)
     stops = jnp.asarray(stop_ids(model, stop_tokens), jnp.int32)

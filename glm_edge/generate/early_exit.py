@@ -48,7 +48,7 @@ def early_exit(
     threshold: float = THRESHOLD,
     maps: Mapping[str, Any] | None = None,
 ) -> EarlyExit:
-    """Sets the exits and the threshold of early exit, for `DecodeOptions`.
+    """Set the exits and the threshold of early exit, for `DecodeOptions`.
 
     After each of these layers the head scores the next token. Where its top-1 probability reaches
     the threshold, the remaining layers do not run. Their keys and values come from the activations
@@ -99,7 +99,7 @@ def fit_exits(
     after: Sequence[int],
     ridge: float = 1e-3,
 ) -> dict[str, dict[str, Array]]:
-    """Fits maps from activations at exits to the output of the last layer, by least squares.
+    """Fit maps from activations at exits to the output of the last layer, by least squares.
 
     Args:
       model: a GLM.
@@ -146,7 +146,7 @@ def fit_exits(
 def _moments(
     model: MultimodalGLM, params: Params, batch: dict[str, Any], after: tuple[int, ...]
 ) -> list[Array]:
-    """Computes second moments [2 D + 1, 2 D + 1] of `(exit, 1, last - exit)` for each exit."""
+    """Compute second moments [2 D + 1, 2 D + 1] of `(exit, 1, last - exit)` for each exit."""
     inputs = {name: batch[name] for name in _INPUTS if batch.get(name) is not None}
     hidden = model.apply({"params": params}, batch["tokens"], **inputs)[1]["hidden"]
     rows = [x.reshape(-1, x.shape[-1]) for x in hidden]
@@ -172,7 +172,7 @@ def run_until_sure(
     exits: EarlyExit,
     stopped: Array,
 ) -> tuple[Array, Any, Array]:
-    """Runs one decoding step, with only as many layers as its rows need.
+    """Run one decoding step, with only as many layers as its rows need.
 
     Rows exit one by one. A layer is skipped when all rows have exited, so that a row's result does
     not depend on the other rows.

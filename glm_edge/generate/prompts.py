@@ -41,7 +41,7 @@ class Prompt:
     def of(
         cls, config: GLMConfig, inputs: Any, max_new_tokens: int, beyond_context: bool = False
     ) -> Prompt:
-        """Checks prompts and pads them.
+        """Check prompts and pad them.
 
         Args:
           config: of the model.
@@ -77,7 +77,7 @@ class Prompt:
 
 
 def config_of(model: Any) -> GLMConfig:
-    """Returns the configuration of a model that generates.
+    """Return the configuration of a model that generates.
 
     Raises:
       DataError: the model is not a GLM.
@@ -92,7 +92,7 @@ def config_of(model: Any) -> GLMConfig:
 
 
 def check_context(config: GLMConfig, lengths: np.ndarray, new_tokens: int) -> None:
-    """Checks that prompts and answers fit the context length of a model.
+    """Check that prompts and answers fit the context length of a model.
 
     Args:
       config: of the model.
@@ -128,7 +128,7 @@ def _count(value: Any) -> int:
 def count_placeholders(
     config: GLMConfig, inputs: Inputs, features: dict[str, Array]
 ) -> dict[str, tuple[Array, Array]]:
-    """Counts the placeholders in prompts and the features for them.
+    """Count the placeholders in prompts and the features for them.
 
     Args:
       config: of the model.
@@ -151,7 +151,7 @@ def count_placeholders(
 
 
 def check_placeholders(counts: dict[str, tuple[Any, Any]]) -> None:
-    """Compares the counts of `count_placeholders`; a row without placeholders needs no features.
+    """Compare the counts of `count_placeholders`; a row without placeholders needs no features.
 
     Raises:
       DataError: the numbers of placeholders and features of a prompt differ.
@@ -168,13 +168,13 @@ def check_placeholders(counts: dict[str, tuple[Any, Any]]) -> None:
 
 
 def bucket(length: int) -> int:
-    """Rounds a length up to a multiple of 32, or of an eighth of the next power of two."""
+    """Round a length up to a multiple of 32, or of an eighth of the next power of two."""
     step = max(32, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step
 
 
 def prompt_mask(visible: Array, query_slots: Array) -> Array:
-    """Builds a causal mask that also hides padding.
+    """Build a causal mask that also hides padding.
 
     Args:
       visible: bool [B, S], False at slots that hold padding.

@@ -75,18 +75,18 @@ class Sampling:
             raise ConfigError(f"sampling: {field} must be {expected}, got {getattr(self, field)!r}")
 
     def uses(self, field: str) -> bool:
-        """Tests whether a rule changes scores; static while tracing."""
+        """Test whether a rule changes scores; static while tracing."""
         value = getattr(self, field)
         return value is not None and not (isinstance(value, float) and value == _NEUTRAL[field])
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], int | None]:
-        """Returns the values of the rules in use, and `top_k`."""
+        """Return the values of the rules in use, and `top_k`."""
         values = (getattr(self, f) if self.uses(f) else None for f in _NEUTRAL)
         return tuple(values), self.top_k
 
     @classmethod
     def tree_unflatten(cls, top_k: int | None, values: tuple[Any, ...]) -> "Sampling":
-        """Rebuilds without validation: values may be tracers."""
+        """Rebuild without validation: values may be tracers."""
         rebuilt = object.__new__(cls)
         object.__setattr__(rebuilt, "top_k", top_k)
         for (field, neutral), value in zip(_NEUTRAL.items(), values, strict=True):
@@ -97,7 +97,7 @@ class Sampling:
 def process_logits(
     logits: Array, sampling: Sampling, in_prompt: Array | None = None, counts: Array | None = None
 ) -> Array:
-    """Applies the rules to scores.
+    """Apply the rules to scores.
 
     Args:
       logits: [B, V].
@@ -130,7 +130,7 @@ def process_logits(
 
 
 def nucleus_threshold(probabilities: Array, top_p: Array | float) -> Array:
-    """Finds the largest probability at or above which tokens sum to at least `top_p`.
+    """Find the largest probability at or above which tokens sum to at least `top_p`.
 
     Args:
       probabilities: float32 [B, V].
@@ -161,7 +161,7 @@ def sample(
     in_prompt: Array | None = None,
     counts: Array | None = None,
 ) -> Array:
-    """Draws a token for each row.
+    """Draw a token for each row.
 
     Args:
       logits: [B, V].

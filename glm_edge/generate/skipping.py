@@ -25,7 +25,7 @@ def skip_neurons(
     threshold: float | None = None,
     layers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Lays the decoder's feed-forward weights out by neuron, so that decoding skips some.
+    """Lay the decoder's feed-forward weights out by neuron, so that decoding skips some.
 
     The result replaces the parameters wherever the model runs. It cannot be saved, compressed or
     exported. Decoding one row reads fewer weights. A prompt computes all neurons and drops the

@@ -78,7 +78,7 @@ def start(
     rng: Array | None,
     options: DecodeOptions,
 ) -> DecodeState:
-    """Prefills the cache and prepares the state that `sampling` needs.
+    """Prefill the cache and prepare the state that `sampling` needs.
 
     Args:
       model: a GLM.
@@ -124,7 +124,7 @@ def start(
 
 
 def _row_keys(rng: Array, batch: int) -> Array:
-    """Returns the given keys of the rows, or derives them from the rows' indices."""
+    """Return the given keys of the rows, or derive them from the rows' indices."""
     try:
         if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
             rng = jax.random.wrap_key_data(rng)
@@ -150,7 +150,7 @@ def _prefill(
     penalized: tuple[bool, bool],
     plan: PruningPlan | None,
 ) -> tuple[DecodeState, dict[str, tuple[Array, Array]]]:
-    """Fills the cache, scores the token after each row's last valid one, counts placeholders."""
+    """Fill the cache, score the token after each row's last valid one, count placeholders."""
     tokens, valid = inputs.tokens, inputs.valid
     batch, length = tokens.shape
     run: Callable[..., Any] = functools.partial(model.apply, {"params": params})
@@ -204,7 +204,7 @@ def with_first_token(
     stops: Array,
     early_exit: EarlyExit | None = None,
 ) -> DecodeState:
-    """Draws the first token, from the prompt's scores after all layers."""
+    """Draw the first token, from the prompt's scores after all layers."""
     state = _first(state, sampling, stops)
     if early_exit is None:
         return state
@@ -213,7 +213,7 @@ def with_first_token(
 
 
 def _choose(state: DecodeState, sampling: Sampling, stops: Array) -> DecodeState:
-    """Draws the next token of every row from `state.logits`; a stopped row repeats its token."""
+    """Draw the next token of every row from `state.logits`; a stopped row repeats its token."""
     keys = state.keys
     if keys is not None:
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.index)
@@ -243,7 +243,7 @@ def _advance(
     stops: Array,
     early_exit: EarlyExit | None = None,
 ) -> DecodeState:
-    """Feeds the newest token and draws the next one."""
+    """Feed the newest token and draw the next one."""
     token, positions = state.token[:, None], state.position[:, None]
     mask, layers = prompt_mask(state.visible, state.cache["length"][None]), None
     if early_exit is None:
@@ -279,7 +279,7 @@ def decode(
     room: int,
     return_logits: bool = False,
 ) -> tuple[Array, Array | None, Array | None, DecodeState]:
-    """Decodes until `limit` tokens or all rows have stopped.
+    """Decode until `limit` tokens or all rows have stopped.
 
     Returns:
       `(tokens, logits, layers, state)`, the first three [B, room, ...]; logits and layers are None

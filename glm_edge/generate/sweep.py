@@ -84,7 +84,7 @@ def sweep(
     rounds: int = 5,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[SweepRow]:
-    """Runs every setting on the same questions, then times them in turn.
+    """Run every setting on the same questions, then times them in turn.
 
     Args:
       model: a GLM.
@@ -149,7 +149,7 @@ def sweep(
 def decode_rate(
     model: MultimodalGLM, setting: Setting, prompt: Mapping[str, Any], max_new_tokens: int
 ) -> float:
-    """Measures tokens per second of one compiled loop that decodes an answer.
+    """Measure tokens per second of one compiled loop that decodes an answer.
 
     Args:
       model: a GLM.
@@ -175,7 +175,7 @@ def decode_rate(
 
 
 def _row(question: Mapping[str, Any], turn: int) -> dict[str, Any]:
-    """Selects one row of a batch, in turn; a single row keeps its lists of images and chunks."""
+    """Select one row of a batch, in turn; a single row keeps its lists of images and chunks."""
     rows = len(question["tokens"])
     if rows == 1:
         return dict(question)
@@ -192,7 +192,7 @@ def _answer(
     questions: Sequence[Mapping[str, Any]],
     max_new_tokens: int,
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[Any]]:
-    """Generates the tokens of every question, a mask up to the stop token, and their layers."""
+    """Generate the tokens of every question, a mask up to the stop token, and their layers."""
     tokens, valid, layers = [], [], []
     for question in questions:
         made = generate(model, setting.params, question, max_new_tokens, options=setting.options)

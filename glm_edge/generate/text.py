@@ -33,7 +33,7 @@ class TextStream:
         stop_strings: Sequence[str] = (),
         skip_special_tokens: bool = True,
     ):
-        """Starts an empty text.
+        """Start an empty text.
 
         Args:
           tokenizer: a `tokenizers.Tokenizer`.
@@ -55,7 +55,7 @@ class TextStream:
         self._pending = ""
 
     def push(self, token: int) -> str:
-        """Adds a token.
+        """Add a token.
 
         Args:
           token: its id.
@@ -78,7 +78,7 @@ class TextStream:
         return self._certain(piece)
 
     def finish(self) -> str:
-        """Returns the pending text, as no token follows."""
+        """Return the pending text, as no token follows."""
         if self.stopped:
             return ""
         before, text = self._decoded()
@@ -89,7 +89,7 @@ class TextStream:
         return piece
 
     def _decoded(self) -> tuple[int, str]:
-        """Decodes the recent tokens after some earlier ones, and finds where their text begins.
+        """Decode the recent tokens after some earlier ones, and find where their text begins.
 
         Decoders treat the first token of a text differently, so earlier tokens come before.
         """
@@ -100,7 +100,7 @@ class TextStream:
         return len(text(self._context)), text(self._context + self._recent)
 
     def _certain(self, piece: str) -> str:
-        """Cuts at a stop string, and keeps a possible beginning of one pending."""
+        """Cut at a stop string, and keeps a possible beginning of one pending."""
         text = self._pending + piece
         cuts = [(at + len(s), at) for s in self._stop_strings if (at := text.find(s)) >= 0]
         if cuts:
@@ -113,7 +113,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Measures the longest proper prefix of `stop` that `text` ends with."""
+    """Measure the longest proper prefix of `stop` that `text` ends with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -128,7 +128,7 @@ def stream_text(
     skip_special_tokens: bool = True,
     **options: Any,
 ) -> Iterator[str]:
-    """Continues one prompt and yields its text in pieces that can be shown at once.
+    """Continue one prompt and yield its text in pieces that can be shown at once.
 
     Args:
       model: the model.
@@ -162,7 +162,7 @@ def stream_text(
 
 
 def _one_row(tokenizer: Tokenizer, prompt: Any) -> Inputs | list[Any]:
-    """Makes a batch of one prompt."""
+    """Make a batch of one prompt."""
     chat = "glm_edge.chat(model, params, processor, messages) answers conversations"
     if isinstance(tokenizer, Processor):
         raise DataError(f"tokenizer is a Processor; pass its .tokenizer; {chat}")
@@ -183,7 +183,7 @@ def generate_text(
     prompt: Sequence[int] | Inputs,
     **options: Any,
 ) -> str:
-    """Continues one prompt and returns the text.
+    """Continue one prompt and return the text.
 
     Args:
       model: the model.

@@ -55,7 +55,7 @@ class PruningPlan(NamedTuple):
 def drop_vision_tokens(
     model: MultimodalGLM, keep: float, score: str = ATTENTION, layer: int | None = None
 ) -> VisionTokens:
-    """Sets the pruning of vision tokens for `generate`.
+    """Set the pruning of vision tokens for `generate`.
 
     The first `layer` layers read the complete prompt. Then the vision tokens with the lowest scores
     are removed, from the cache of these layers too. The other layers and decoding run on the
@@ -103,7 +103,7 @@ def drop_vision_tokens(
 def pruning_plan(
     config: GLMConfig, inputs: Inputs, vision_tokens: VisionTokens
 ) -> tuple[PruningPlan, np.ndarray]:
-    """Plans the pruning of prompts.
+    """Plan the pruning of prompts.
 
     Args:
       config: of the model.
@@ -132,7 +132,7 @@ def prefill_pruned(
     plan: PruningPlan,
     keep: Array,
 ) -> tuple[Array, Array, Cache]:
-    """Runs the decoder on a prompt and prunes its vision tokens between two layers.
+    """Run the decoder on a prompt and prune its vision tokens between two layers.
 
     Args:
       model: a GLM.
@@ -187,7 +187,7 @@ def _run(
     empty: Sequence[LayerCache],
     score: str | None = None,
 ) -> tuple[Array, list[LayerCache], Any]:
-    """Runs some layers; returns output, caches, and attention of the last one for its score."""
+    """Run some layers; return output, caches, and attention of the last one for its score."""
     mask, weights, caches = prompt_mask(valid, jnp.arange(x.shape[1])), None, []
     for index in layers:
 

@@ -9,7 +9,7 @@ MAX_SCORES = 1 << 26
 
 
 def attention_weights(query: Array, key: Array, mask: Array | None = None) -> Array:
-    """Computes the softmax of scaled scores, in float32.
+    """Compute the softmax of scaled scores, in float32.
 
     Args:
       query: [B, T, N, H].
@@ -31,7 +31,7 @@ def attention_weights(query: Array, key: Array, mask: Array | None = None) -> Ar
 
 
 def attend(weights: Array, value: Array) -> Array:
-    """Computes the weighted sum of values.
+    """Compute the weighted sum of values.
 
     Args:
       weights: [B, K, N / K, T, S] from `attention_weights`.
@@ -45,7 +45,7 @@ def attend(weights: Array, value: Array) -> Array:
 
 
 def attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
-    """Computes grouped-query attention.
+    """Compute grouped-query attention.
 
     Above `MAX_SCORES` scores, queries run in blocks, so that memory is linear in the length of a
     prompt or image, not quadratic.
@@ -87,7 +87,7 @@ def attention(query: Array, key: Array, value: Array, mask: Array | None = None)
 
 
 def attention_by_head(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    """Computes grouped-query attention on a cache in the layout of on-device runtimes.
+    """Compute grouped-query attention on a cache in the layout of on-device runtimes.
 
     Args:
       query: [B, T, N, H].
@@ -112,7 +112,7 @@ def attention_by_head(query: Array, key: Array, value: Array, mask: Array) -> Ar
 
 
 def causal_mask(query_slots: Array, num_slots: int) -> Array:
-    """Builds a mask in which a query at slot `t` attends to the slots `0..t`.
+    """Build a mask in which a query at slot `t` attends to the slots `0..t`.
 
     Args:
       query_slots: [T] slot of each query in the key sequence.

@@ -14,7 +14,7 @@ SCALE_DTYPE = jnp.float16
 
 
 def quantize_rows(rows: Array, qtype: str) -> tuple[Array, Array]:
-    """Quantizes each row with a scale from its largest magnitude.
+    """Quantize each row with a scale from its largest magnitude.
 
     Args:
       rows: [..., H].
@@ -37,7 +37,7 @@ def quantize_rows(rows: Array, qtype: str) -> tuple[Array, Array]:
 
 
 def dequantize_rows(data: Array, scale: Array, columns: int) -> Array:
-    """Dequantizes rows from `quantize_rows`.
+    """Dequantize rows from `quantize_rows`.
 
     Args:
       data: codes from `quantize_rows`; the array type distinguishes int8 from int4.

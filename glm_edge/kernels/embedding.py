@@ -9,7 +9,7 @@ ONE_HOT_ENTRIES = 1 << 26
 
 @jax.custom_vjp
 def take_rows(weight: Array, tokens: Array) -> Array:
-    """Reads rows of a matrix.
+    """Read rows of a matrix.
 
     Args:
       weight: [V, D] embedding matrix.

@@ -22,7 +22,7 @@ def _mel_to_hertz(mel: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def mel_filters(mel_bins: int, fft_size: int, sample_rate: int) -> np.ndarray:
-    """Builds triangular filters of unit area on the Slaney mel scale.
+    """Build triangular filters of unit area on the Slaney mel scale.
 
     Args:
       mel_bins: number of filters.
@@ -46,7 +46,7 @@ def mel_filters(mel_bins: int, fft_size: int, sample_rate: int) -> np.ndarray:
 def log_mel(
     samples: Array, mel_bins: int, fft_size: int = 400, hop_length: int = 160, rate: int = 16000
 ) -> Array:
-    """Computes the log-mel spectrogram, limited to 8 decades and scaled to about -1..1.
+    """Compute the log-mel spectrogram, limited to 8 decades and scaled to about -1..1.
 
     Args:
       samples: [B, L] mono samples in -1..1, with `L` a multiple of `hop_length`.

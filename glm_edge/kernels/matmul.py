@@ -24,7 +24,7 @@ BLOCK = 1 << 19
 
 
 def dense(x: Array, weight: Array) -> Array:
-    """Multiplies in full precision.
+    """Multiply in full precision.
 
     Args:
       x: [..., in] activations.
@@ -40,7 +40,7 @@ def dense(x: Array, weight: Array) -> Array:
 
 @jax.custom_vjp
 def matmul_bf16x3(x: Array, weight: Array) -> Array:
-    """Multiplies few float32 rows with a bfloat16 weight, without a float32 copy of the weight.
+    """Multiply few float32 rows with a bfloat16 weight, without a float32 copy of the weight.
 
     Each row is the exact sum of three bfloat16 rows, and their products with the weight are exact
     in float32. The result is as accurate as with a float32 weight and reads half the bytes.
@@ -87,7 +87,7 @@ matmul_bf16x3.defvjp(_matmul_bf16x3_forward, _matmul_bf16x3_backward)
 
 @jax.custom_vjp
 def dense_bf16(x: Array, weight: Array) -> Array:
-    """Multiplies in bfloat16 with float32 accumulation, forward and backward.
+    """Multiply in bfloat16 with float32 accumulation, forward and backward.
 
     Args:
       x: [..., in] activations, rounded to bfloat16.
@@ -127,7 +127,7 @@ def quantized_matmul(
     qtype: str = "int8",
     inputs: str = "float32",
 ) -> Array:
-    """Multiplies with a quantized weight, `w' = scale * (level - zero)`.
+    """Multiply with a quantized weight, `w' = scale * (level - zero)`.
 
     Args:
       x: [..., in] activations.
@@ -149,7 +149,7 @@ def quantized_matmul(
 def dynamic_int8_matmul(
     x: Array, data: Array, scale: Array, zero: Array | None = None, qtype: str = "int8"
 ) -> Array:
-    """Multiplies rows rounded to int8 with a quantized weight, as dynamic-range kernels do.
+    """Multiply rows rounded to int8 with a quantized weight, as dynamic-range kernels do.
 
     With one scale per row of the weight, factors are int8 and sums are int32. Scales multiply the
     sums in the order of XNNPACK's `qd8` kernels, so that both return the same bits. Gradients pass
@@ -187,7 +187,7 @@ def static_int8_matmul(
     output_scale: Array | None = None,
     output_zero: Array | None = None,
 ) -> Array:
-    """Multiplies as `dynamic_int8_matmul`, with calibrated scales of activations and products.
+    """Multiply as `dynamic_int8_matmul`, with calibrated scales of activations and products.
 
     The order of operations is that of XNNPACK's `qs8` kernels: multiply each sum by one float32
     value per row of the weight, round to even, and clip. Gradients pass straight through the
@@ -227,7 +227,7 @@ def static_int8_matmul(
 
 
 def _rounded(steps: Array, zero: Array) -> Array:
-    """Rounds to integers in the range of int8 minus `zero`, with straight-through gradients."""
+    """Round to integers in the range of int8 minus `zero`, with straight-through gradients."""
     inside = jnp.clip(steps, -128.0 - zero, 127.0 - zero)
     return quantization.straight_through(inside, jnp.round(inside))
 
@@ -242,7 +242,7 @@ def _integer_product(
     zero: Array | None,
     qtype: str,
 ) -> Array:
-    """Computes `_centred_product` in integers where the weight has one scale per row.
+    """Compute `_centred_product` in integers where the weight has one scale per row.
 
     Args:
       centred: integers `q_x - z_x` as float32 [rows, in].
@@ -316,7 +316,7 @@ _integer_product.defvjp(_integer_product_forward, _integer_product_backward)
 
 
 def _by_blocks(block: Callable, x: Array, data: Array, scale: Array, zero: Array | None) -> Array:
-    """Concatenates `block(x, data, scale, zero)`, float32 [rows, R], over blocks of R rows."""
+    """Concatenate `block(x, data, scale, zero)`, float32 [rows, R], over blocks of R rows."""
     count = round(data.shape[0] * x.shape[-1] / BLOCK)
     # On a mesh, rows of a weight may be on several devices; a loop over rows would serialize them.
     if count < 2 or not jax.sharding.get_abstract_mesh().empty:
@@ -345,7 +345,7 @@ def _dequantized_product(
 
 
 def _product(x: Array, planes: list[Array], inputs: DTypeLike, sums: DTypeLike) -> Array:
-    """Multiplies [rows, in] with the planes of a weight from `packing.planes`.
+    """Multiply [rows, in] with the planes of a weight from `packing.planes`.
 
     Args:
       x: [rows, in].
@@ -376,7 +376,7 @@ def _product(x: Array, planes: list[Array], inputs: DTypeLike, sums: DTypeLike) 
 
 
 def dot(x: Array, weight: Array, sums: DTypeLike) -> Array:
-    """Multiplies with a separate accumulator type.
+    """Multiply with a separate accumulator type.
 
     Args:
       x: [rows, in].
@@ -398,7 +398,7 @@ def dot(x: Array, weight: Array, sums: DTypeLike) -> Array:
 def _dequantized_planes(
     data: Array, scale: Array, zero: Array | None, qtype: str, columns: int
 ) -> tuple[list[Array], Array | None]:
-    """Dequantizes the planes of a weight, except for the returned scales [out] unless None."""
+    """Dequantize the planes of a weight, except for the returned scales [out] unless None."""
     groups, planes = scale.shape[-1], packing.planes(data, columns, qtype)
     # One scale per row multiplies the product: one multiplication per output, not per weight.
     if groups == 1:
@@ -413,13 +413,13 @@ def _dequantized_planes(
 
 
 def round_rows_to_int8(x: Array) -> Array:
-    """Quantizes each row with `rows_to_int8` and dequantizes it; [..., C] in the same type."""
+    """Quantize each row with `rows_to_int8` and dequantize it; [..., C] in the same type."""
     integers, zero, step = rows_to_int8(x)
     return ((integers - zero) * step).astype(x.dtype)
 
 
 def rows_to_int8(x: Array) -> tuple[Array, Array, Array]:
-    """Quantizes each row to affine int8, as dynamic-range kernels do.
+    """Quantize each row to affine int8, as dynamic-range kernels do.
 
     The range of a row spans its minimum, its maximum and zero. Zero is represented exactly.
 

@@ -6,7 +6,7 @@ from jax import Array
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Divides by the root mean square over the last axis, then multiplies by `weight`.
+    """Divide by the root mean square over the last axis, then multiply by `weight`.
 
     Args:
       x: [..., D] activations of any float type.
@@ -25,7 +25,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
-    """Centers, divides by the standard deviation over the last axis, then scales and shifts.
+    """Center, divide by the standard deviation over the last axis, then scales and shifts.
 
     Args:
       x: [..., D] activations of any float type.

@@ -50,12 +50,12 @@ _IN_THREE_BYTES = {"int6": 6, "int3": 3}
 
 
 def unit(qtype: str) -> int:
-    """Returns the codes per unit of complete bytes; a row can be split only between units."""
+    """Return the codes per unit of complete bytes; a row can be split only between units."""
     return _UNITS[qtype][0]
 
 
 def packed_columns(columns: int, qtype: str) -> int:
-    """Counts the bytes of a packed row.
+    """Count the bytes of a packed row.
 
     Args:
       columns: count of codes.
@@ -69,13 +69,13 @@ def packed_columns(columns: int, qtype: str) -> int:
 
 
 def stored_dtype(qtype: str) -> np.dtype:
-    """Returns the array type of packed codes: int8 for `int8`, otherwise uint8."""
+    """Return the array type of packed codes: int8 for `int8`, otherwise uint8."""
     return np.dtype(np.int8 if qtype == "int8" else np.uint8)
 
 
 @functools.partial(jax.jit, static_argnames="qtype")
 def pack(codes: Array, qtype: str) -> Array:
-    """Packs the codes of each row.
+    """Pack the codes of each row.
 
     Args:
       codes: int8 [..., C] within the range of `qtype`. For `ternary34`, each group of four
@@ -110,7 +110,7 @@ def pack(codes: Array, qtype: str) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("columns", "qtype"))
 def unpack(data: Array, columns: int, qtype: str) -> Array:
-    """Unpacks the codes of each row, the inverse of `pack`.
+    """Unpack the codes of each row, the inverse of `pack`.
 
     Args:
       data: uint8 [..., packed_columns(C)]; int8 [..., C] for `int8`.
@@ -128,7 +128,7 @@ def unpack(data: Array, columns: int, qtype: str) -> Array:
 
 
 def planes(data: Array, columns: int, qtype: str) -> list[Array]:
-    """Unpacks into several arrays, without the cost of interleaving codes.
+    """Unpack into several arrays, without the cost of interleaving codes.
 
     Args:
       data: uint8 [..., packed_columns(C)]; int8 [..., C] for `int8`.
@@ -147,7 +147,7 @@ def planes(data: Array, columns: int, qtype: str) -> list[Array]:
 
 
 def _words(data: Array, qtype: str) -> tuple[Array, int]:
-    """Reads packed bytes as integers of several adjacent codes; also returns codes per integer."""
+    """Read packed bytes as integers of several adjacent codes; also returns codes per integer."""
     if qtype in _IN_THREE_BYTES:
         parts = data.reshape(*data.shape[:-1], -1, 3).astype(jnp.int32)
         # XLA computes a sum once, and a chain of bit operations once per plane.
@@ -165,7 +165,7 @@ def _words(data: Array, qtype: str) -> tuple[Array, int]:
 
 
 def _code(words: Array, index: Array | int, qtype: str) -> Array:
-    """Extracts the code at `index` of each word, as int8."""
+    """Extract the code at `index` of each word, as int8."""
     if qtype == "ternary":
         # The byte f is a fraction in units of 1/256. Multiplying by 3^index in uint8 wraps, which
         # removes the earlier digits. The next digit is the integer part of 3 f, (3 * f) >> 8.
@@ -191,7 +191,7 @@ def _code(words: Array, index: Array | int, qtype: str) -> Array:
 
 
 def _filled(codes: Array, qtype: str) -> Array:
-    """Splits codes into units, [..., units, codes per unit], and pads the last unit."""
+    """Split codes into units, [..., units, codes per unit], and pads the last unit."""
     size, columns = unit(qtype), codes.shape[-1]
     missing = -columns % size
     if qtype == "ternary34" and missing:
@@ -214,7 +214,7 @@ def _join(fields: Array, width: int) -> Array:
 
 
 def _join_three_bytes(codes: Array, width: int) -> Array:
-    """Joins [..., units, codes per unit] to [..., 3 bytes per unit]."""
+    """Join [..., units, codes per unit] to [..., 3 bytes per unit]."""
     fields = (codes.astype(jnp.uint8) & (2**width - 1)).astype(jnp.uint32)
     shifts = width * jnp.arange(codes.shape[-1], dtype=jnp.uint32)
     # One 24-bit integer per unit, then its bytes, the lowest first.
@@ -224,7 +224,7 @@ def _join_three_bytes(codes: Array, width: int) -> Array:
 
 
 def _pack_ternary34(codes: Array) -> Array:
-    """Packs four codes in five bits: two for the index of the zero, three for the signs."""
+    """Pack four codes in five bits: two for the index of the zero, three for the signs."""
     fours = codes.reshape(*codes.shape[:-1], 8, 4)
     zero_index = jnp.argmin(jnp.abs(fours), axis=-1)
     # Indices of the three signs, in order.
@@ -235,7 +235,7 @@ def _pack_ternary34(codes: Array) -> Array:
 
 
 def _join_fives(fields: Array) -> Array:
-    """Joins [..., units, 8] integers of five bits to [..., 5 bytes per unit], low bits first."""
+    """Join [..., units, 8] integers of five bits to [..., 5 bytes per unit], low bits first."""
     low = _join((fields & 0xF).reshape(*fields.shape[:-1], 4, 2), 4)
     high = _join(fields >> 4, 1)
     packed = jnp.concatenate([low, high[..., None]], axis=-1)

@@ -16,14 +16,14 @@ INTEGERS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
 
 
 def code_range(qtype: str) -> tuple[int, int]:
-    """Returns the smallest and the largest code."""
+    """Return the smallest and the largest code."""
     if qtype in INTEGERS:
         return -(2 ** (INTEGERS[qtype] - 1)), 2 ** (INTEGERS[qtype] - 1) - 1
     return (0, 15) if qtype == "nf4" else (-1, 1)
 
 
 def smallest_scale(dtype: str) -> float:
-    """Returns the smallest positive scale that a type can store.
+    """Return the smallest positive scale that a type can store.
 
     Args:
       dtype: `float32`, `float16` or `bfloat16`.
@@ -38,7 +38,7 @@ def smallest_scale(dtype: str) -> float:
 
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def round_scale(scale: Array, dtype: str) -> Array:
-    """Rounds scales to their stored type, without underflow to zero.
+    """Round scales to their stored type, without underflow to zero.
 
     Args:
       scale: float32 of any shape and sign.
@@ -61,7 +61,7 @@ def round_scale(scale: Array, dtype: str) -> Array:
 
 @functools.partial(jax.jit, static_argnames="qtype", inline=True)
 def quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
-    """Rounds each weight to the code of its nearest level.
+    """Round each weight to the code of its nearest level.
 
     Args:
       weight: [..., out, in].
@@ -81,7 +81,7 @@ def quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Arr
 
 
 def round_to_codes(steps: Array, qtype: str) -> Array:
-    """Rounds weights in units of their scale to codes.
+    """Round weights in units of their scale to codes.
 
     Args:
       steps: float32 `w / scale + zero`, of any shape; the last axis is a multiple of 4 for
@@ -109,14 +109,14 @@ def round_to_codes(steps: Array, qtype: str) -> Array:
 
 
 def levels(codes: Array, qtype: str) -> Array:
-    """Returns the level of each code: the code itself, or a float32 value of `NF4_LEVELS`."""
+    """Return the level of each code: the code itself, or a float32 value of `NF4_LEVELS`."""
     if qtype != "nf4":
         return codes
     return jnp.asarray(NF4_LEVELS, jnp.float32)[codes.astype(jnp.int32)]
 
 
 def fake_quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
-    """Quantizes and dequantizes with straight-through gradients where codes are not clipped.
+    """Quantize and dequantize with straight-through gradients where codes are not clipped.
 
     Args:
       weight: float32 [..., out, in].
@@ -145,7 +145,7 @@ def fake_quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -
 
 
 def straight_through(x: Array, value: Array) -> Array:
-    """Returns exactly `value`, with the gradient of `x`.
+    """Return exactly `value`, with the gradient of `x`.
 
     Args:
       x: array that receives the gradient.
@@ -162,7 +162,7 @@ def straight_through(x: Array, value: Array) -> Array:
 
 
 def dequantize(codes: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
-    """Dequantizes codes.
+    """Dequantize codes.
 
     Args:
       codes: int8 [..., out, in].
@@ -177,7 +177,7 @@ def dequantize(codes: Array, scale: Array, zero: Array | None, qtype: str) -> Ar
 
 
 def dequantize_levels(steps: Array, scale: Array, zero: Array | None = None) -> Array:
-    """Computes `scale * (steps - zero)`.
+    """Compute `scale * (steps - zero)`.
 
     Args:
       steps: [..., out, in] levels of codes.
@@ -194,7 +194,7 @@ def dequantize_levels(steps: Array, scale: Array, zero: Array | None = None) -> 
 
 
 def _by_group(values: Array, scale: Array, zero: Array | None) -> tuple[Array, Array, Array | None]:
-    """Splits columns into groups, [..., out, groups, columns], with float32 scales and zeros."""
+    """Split columns into groups, [..., out, groups, columns], with float32 scales and zeros."""
     grouped = values.reshape(*values.shape[:-1], scale.shape[-1], -1)
     zero = None if zero is None else zero.astype(jnp.float32)[..., None]
     return grouped, scale.astype(jnp.float32)[..., None], zero

@@ -8,7 +8,7 @@ from jax import Array
 
 
 def inverse_frequencies(rotary_dim: int, theta: float) -> np.ndarray:
-    """Computes the angular frequencies `theta ** (-2i / rotary_dim)`.
+    """Compute the angular frequencies `theta ** (-2i / rotary_dim)`.
 
     Args:
       rotary_dim: rotated dimensions of a head, `R`.
@@ -23,7 +23,7 @@ def inverse_frequencies(rotary_dim: int, theta: float) -> np.ndarray:
 def angles(
     positions: Array, frequencies: Array | np.ndarray, mrope_section: tuple[int, ...] = ()
 ) -> Array:
-    """Computes the angles by which pairs of dimensions rotate.
+    """Compute the angles by which pairs of dimensions rotate.
 
     Args:
       positions: [B, T] token positions, or [3, B, T] (time, height, width) with `mrope_section`.
@@ -50,7 +50,7 @@ def angles(
 def block_positions(
     rank: Array, placeholder: Array, valid: Array, grids: Sequence[tuple[int, int]]
 ) -> tuple[Array, Array]:
-    """Computes positions (time, row, column) of a prompt with grids of image features.
+    """Compute positions (time, row, column) of a prompt with grids of image features.
 
     A text token advances all three by one. The features of an `r x c` grid share one time; their
     rows and columns count from that position. The next token continues `max(r, c)` later.
@@ -82,7 +82,7 @@ def block_positions(
 
 
 def rotate_interleaved(x: Array, angle: Array) -> Array:
-    """Rotates pairs (2i, 2i + 1) of the first `R` dimensions of each head.
+    """Rotate pairs (2i, 2i + 1) of the first `R` dimensions of each head.
 
     The other dimensions pass through unchanged.
 
@@ -107,7 +107,7 @@ def rotate_interleaved(x: Array, angle: Array) -> Array:
 
 
 def rotate_half(x: Array, angle: Array) -> Array:
-    """Rotates pairs (i, i + R / 2) of the first `R` dimensions of each head.
+    """Rotate pairs (i, i + R / 2) of the first `R` dimensions of each head.
 
     The other dimensions pass through unchanged.
 

@@ -36,7 +36,7 @@ class SparseMLP:
 
 
 def sparse_mlp(x: Array, weights: SparseMLP) -> Array:
-    """Computes `down(up * silu(gate))` over the active neurons.
+    """Compute `down(up * silu(gate))` over the active neurons.
 
     A single row reads only the weights of its active neurons. Several rows are computed in full and
     masked, which returns the same values without a gain in speed.
@@ -64,7 +64,7 @@ def sparse_mlp(x: Array, weights: SparseMLP) -> Array:
 
 
 def _limited(active: Array, size: Array, count: int) -> Array:
-    """Limits the active neurons of each row to the `count` largest; ties keep the first."""
+    """Limit the active neurons of each row to the `count` largest; ties keep the first."""
     if count == size.shape[-1]:
         return active
     _, index = jax.lax.top_k(size, count)
@@ -92,7 +92,7 @@ def _one_row(x: Array, gate: Array, size: Array, active: Array, weights: SparseM
 
 
 def _all_neurons(x: Array, gate: Array, rows: Array) -> Array:
-    """Runs `x` [R, D] through neurons [F', 2 D] whose activated gates are [R, F']."""
+    """Run `x` [R, D] through neurons [F', 2 D] whose activated gates are [R, F']."""
     up, down = jnp.split(rows.astype(x.dtype), 2, axis=-1)
     hidden = gate * matmul.dense(x, up)
     return jax.lax.dot(hidden, down, precision=jax.lax.Precision.HIGHEST)

@@ -8,7 +8,7 @@ from jax import Array
 
 
 def norm_scores(x: Array) -> Array:
-    """Computes the Euclidean norm of each token.
+    """Compute the Euclidean norm of each token.
 
     Args:
       x: [B, T, D] hidden states.
@@ -20,7 +20,7 @@ def norm_scores(x: Array) -> Array:
 
 
 def attention_scores(weights: Array, query_mask: Array) -> Array:
-    """Computes the mean attention that each token receives from the masked queries.
+    """Compute the mean attention that each token receives from the masked queries.
 
     Args:
       weights: `[B, ..., T, T]` attention weights of a layer, with head axes in the middle and
@@ -43,7 +43,7 @@ def attention_scores(weights: Array, query_mask: Array) -> Array:
 
 
 def novelty_scores(x: Array, vision_mask: Array) -> Array:
-    """Computes one minus the largest cosine similarity to an earlier vision token.
+    """Compute one minus the largest cosine similarity to an earlier vision token.
 
     Among near-duplicates the first scores highest. Non-vision tokens are ignored.
 
@@ -64,7 +64,7 @@ def novelty_scores(x: Array, vision_mask: Array) -> Array:
 
 
 def top_scores(scores: Array, vision_mask: Array, counts: Array) -> Array:
-    """Selects the vision tokens of each row with the highest scores.
+    """Select the vision tokens of each row with the highest scores.
 
     Args:
       scores: [B, T]; values at other tokens are ignored. Ties keep the earliest token.
@@ -81,7 +81,7 @@ def top_scores(scores: Array, vision_mask: Array, counts: Array) -> Array:
 
 
 def kept_indices(keep_mask: Array, capacity: int) -> Array:
-    """Lists the indices of kept tokens in order, padded with indices of dropped tokens.
+    """List the indices of kept tokens in order, padded with indices of dropped tokens.
 
     Args:
       keep_mask: bool [B, T], True at no more than `capacity` tokens per row.
@@ -94,7 +94,7 @@ def kept_indices(keep_mask: Array, capacity: int) -> Array:
 
 
 def gather_tokens(array: Array, indices: Array, axis: int = 1) -> Array:
-    """Gathers tokens of an array by row.
+    """Gather tokens of an array by row.
 
     Args:
       array: `[B, T, ...]`, or positions [3, B, T] with `axis=2`.

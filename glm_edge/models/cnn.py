@@ -152,7 +152,7 @@ class ConvNorm(nn.Module):
 
 
 def batch_norm(train: bool, name: str) -> nn.BatchNorm:
-    """Creates the batch norm over B, H and W of all models of this file."""
+    """Create the batch norm over B, H and W of all models of this file."""
     return nn.BatchNorm(not train, momentum=NORM_MOMENTUM, epsilon=NORM_EPS, name=name)
 
 
@@ -264,7 +264,7 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Outputs:
-        """Computes logits of the classes.
+        """Compute logits of the classes.
 
         Args:
           images: [B, H, W, C] preprocessed images.
@@ -299,7 +299,7 @@ class CNN(nn.Module):
 
 
 def _blocks(config: CNNConfig, deploy: bool) -> list[nn.Module]:
-    """Creates the blocks between stem and head, named `blocks_<i>` within the calling module."""
+    """Create the blocks between stem and head, named `blocks_<i>` within the calling module."""
     if isinstance(config, MobileNetV2Config):
         return [
             InvertedBlock(block, deploy, name=f"blocks_{index}")
@@ -327,7 +327,7 @@ def _blocks(config: CNNConfig, deploy: bool) -> list[nn.Module]:
 
 
 def mobilenet_v2(width: float = 1.0) -> MobileNetV2Config:
-    """Configures MobileNetV2 with a width multiplier; channels are multiples of eight.
+    """Configure MobileNetV2 with a width multiplier; channels are multiples of eight.
 
     Args:
       width: multiplier of all channel counts, at least 0.1.
@@ -428,7 +428,7 @@ PRESETS: Mapping[str, CNNConfig] = MappingProxyType(
 
 
 def preset(name: str) -> CNNConfig:
-    """Returns a published architecture, or a small one for digits of 28x28 or 8x8 pixels.
+    """Return a published architecture, or a small one for digits of 28x28 or 8x8 pixels.
 
     Args:
       name: `resnet_50`, `mobilenet_v1`, `mobilenet_v2_1`, `repvgg_a2`, `repvgg_b1`; or

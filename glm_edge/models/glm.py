@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         mask: Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[Array, list[Array], Cache | None]:
-        """Runs all layers.
+        """Run all layers.
 
         Args:
           x: [B, T, D] embedded tokens.
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
     def prepare(
         self, x: Array, positions: Array, mask: Array | None, cache: Cache | None
     ) -> tuple[Array, Array, Array]:
-        """Computes the inputs that all layers share: rotary angles, mask and first cache slot."""
+        """Compute the inputs that all layers share: rotary angles, mask and first cache slot."""
         config = self.config
         frequencies = rotary.inverse_frequencies(config.rotary_dim, config.rope_theta)
         angle = rotary.angles(positions, frequencies, config.mrope_section)
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         slot: Array,
         part: str = ALL_PARTS,
     ) -> tuple[Array, Any]:
-        """Runs one layer, for calibration, block-wise training and early exit.
+        """Run one layer, for calibration, block-wise training and early exit.
 
         Args:
           index: index of the layer.
@@ -201,7 +201,7 @@ class Decoder(nn.Module):
 def init_cache(
     config: DecoderConfig, batch: int, num_slots: int, dtype: Any = jnp.float32
 ) -> Cache:
-    """Creates an empty cache.
+    """Create an empty cache.
 
     Args:
       config: configuration of the decoder.
@@ -237,7 +237,7 @@ def init_cache(
 
 
 def write_cache(cache: LayerCache, new: dict[str, Array], slot: Array) -> LayerCache:
-    """Writes the keys and values of tokens to `T` slots, in the type of the cache.
+    """Write the keys and values of tokens to `T` slots, in the type of the cache.
 
     Args:
       cache: cache of one layer from `init_cache`.
@@ -263,7 +263,7 @@ def write_cache(cache: LayerCache, new: dict[str, Array], slot: Array) -> LayerC
 
 
 def write_cache_by_head(cache: LayerCache, key: Array, value: Array, slot: Array) -> LayerCache:
-    """Writes like `write_cache` to `KEY_BY_HEAD` [B, K, S, H] and `VALUE_BY_HEAD` [B, K, H, S]."""
+    """Write like `write_cache` to `KEY_BY_HEAD` [B, K, S, H] and `VALUE_BY_HEAD` [B, K, H, S]."""
     update = jax.lax.dynamic_update_slice
     return {
         KEY_BY_HEAD: update(cache[KEY_BY_HEAD], jnp.swapaxes(key, 1, 2), (0, 0, slot, 0)),
@@ -274,7 +274,7 @@ def write_cache_by_head(cache: LayerCache, key: Array, value: Array, slot: Array
 
 
 def read_cache(cache: LayerCache, name: str, head_dim: int) -> Array:
-    """Reads keys or values of all slots.
+    """Read keys or values of all slots.
 
     Args:
       cache: cache of one layer from `init_cache`.

@@ -44,7 +44,7 @@ class Linear(nn.Module):
         return y
 
     def sow_input(self, x: Array) -> None:
-        """Sows the input, as rows [N, in], into the collection `inputs` during calibration."""
+        """Sow the input, as rows [N, in], into the collection `inputs` during calibration."""
         if self.is_mutable_collection("inputs") and not self.is_initializing():
             self.sow("inputs", "rows", x.reshape(-1, x.shape[-1]))
 
@@ -65,7 +65,7 @@ class Embed(nn.Module):
         return params.lookup(self.weight, tokens)
 
     def attend(self, x: Array) -> Array:
-        """Computes logits `[..., num_embeddings]` from `[..., features]`."""
+        """Compute logits `[..., num_embeddings]` from `[..., features]`."""
         return params.linear(x, self.weight, self.compute)
 
 
@@ -145,7 +145,7 @@ class Stack(nn.Module):
 
 
 def gated(module: nn.Module, name: str, x: Array) -> Array:
-    """Multiplies heads or neurons by a gate, if present, for importance scores.
+    """Multiply heads or neurons by a gate, if present, for importance scores.
 
     Args:
       module: module whose collection `gates` may contain the gate.
@@ -163,7 +163,7 @@ def gated(module: nn.Module, name: str, x: Array) -> Array:
 
 
 def boxed_param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> Any:
-    """Declares a parameter that may be stored as a box, and returns the array or box.
+    """Declare a parameter that may be stored as a box, and return the array or box.
 
     Args:
       module: module that owns the parameter.

@@ -60,7 +60,7 @@ class MultimodalGLM(nn.Module):
         cache: Cache | None = None,
         audio_frames: Array | None = None,
     ) -> tuple[Array, dict[str, Any]]:
-        """Computes logits of the next token at every position.
+        """Compute logits of the next token at every position.
 
         Args:
           tokens: int [B, T], with placeholders at image and speech features.
@@ -96,7 +96,7 @@ class MultimodalGLM(nn.Module):
     def start_positions(
         self, tokens: Array, valid: Array | None = None, images: Images | None = None
     ) -> tuple[Array, Array]:
-        """Computes positions of prompts, counted from each row's first valid token.
+        """Compute positions of prompts, counted from each row's first valid token.
 
         Args:
           tokens: int [B, T].
@@ -127,7 +127,7 @@ class MultimodalGLM(nn.Module):
         audio: Array | None = None,
         audio_frames: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        """Embeds tokens and replaces placeholders by encoded images and speech.
+        """Embed tokens and replace placeholders by encoded images and speech.
 
         Arguments as in `__call__`.
 
@@ -144,7 +144,7 @@ class MultimodalGLM(nn.Module):
         return constrain(x, "batch", "length", "embed"), encoded
 
     def encode_images(self, images: Images) -> Array:
-        """Encodes images as [B, M, D] for an array, or as [M, D] for a list; see `__call__`."""
+        """Encode images as [B, M, D] for an array, or as [M, D] for a list; see `__call__`."""
         if not isinstance(images, list | tuple):
             items = images.reshape(-1, *images.shape[-3:])
             features = self.vision(items)[0]
@@ -153,7 +153,7 @@ class MultimodalGLM(nn.Module):
         return in_reading_order([self.vision(group)[0] for group in groups], order)
 
     def encode_audio(self, audio: Array, audio_frames: Array | None = None) -> Array:
-        """Encodes speech as [B, M, D], or as [N * M, D] with `audio_frames`, sound first."""
+        """Encode speech as [B, M, D], or as [N * M, D] with `audio_frames`, sound first."""
         items = audio.reshape(-1, *audio.shape[-2:])
         features = self.speech(items)[0]
         if audio_frames is None:
@@ -161,13 +161,13 @@ class MultimodalGLM(nn.Module):
         return sounding_first(features, audio_frames, self.config.speech_encoder.merge_size)
 
     def predict(self, final: Array) -> Array:
-        """Computes logits [B, T, V] from the normed output [B, T, D] of the decoder."""
+        """Compute logits [B, T, V] from the normed output [B, T, D] of the decoder."""
         tied = self.config.decoder.tie_embeddings
         logits = self.embed.attend(final) if tied else self.head(final)
         return constrain(logits, "batch", "length", "vocab")
 
     def initialize_encoders(self) -> None:
-        """Creates the encoders' parameters, independent of the inputs of `init`."""
+        """Create the encoders' parameters, independent of the inputs of `init`."""
         vision, speech = self.config.vision, self.config.speech
         if vision is not None:
             self.vision(jnp.zeros((1, *vision.image_size, vision.channels)))
@@ -176,7 +176,7 @@ class MultimodalGLM(nn.Module):
 
 
 def audio_features(audio_frames: ArrayLike, merge_size: int) -> Array:
-    """Counts the features of speech chunks after a stride of 2 and merges of complete groups.
+    """Count the features of speech chunks after a stride of 2 and merge of complete groups.
 
     Args:
       audio_frames: integers, frames with sound per chunk.
@@ -189,7 +189,7 @@ def audio_features(audio_frames: ArrayLike, merge_size: int) -> Array:
 
 
 def sounding(features: Array, audio_frames: Array, merge_size: int) -> Array:
-    """Marks the features of frames with sound.
+    """Mark the features of frames with sound.
 
     Args:
       features: [N, M, D] features of chunks.
@@ -204,7 +204,7 @@ def sounding(features: Array, audio_frames: Array, merge_size: int) -> Array:
 
 
 def sounding_first(features: Array, audio_frames: Array, merge_size: int) -> Array:
-    """Flattens the features of chunks, with features of sound first.
+    """Flatten the features of chunks, with features of sound first.
 
     Args:
       features: [N, M, D] features of chunks.
@@ -222,7 +222,7 @@ def sounding_first(features: Array, audio_frames: Array, merge_size: int) -> Arr
 def image_groups(
     images: Sequence[Array], config: VisionConfig
 ) -> tuple[list[Array], list[tuple[int, int, int]]]:
-    """Groups images by size, to compile and run the tower once per size.
+    """Group images by size, to compile and run the tower once per size.
 
     Args:
       images: images of any sizes, or videos; see `MultimodalGLM`.
@@ -248,7 +248,7 @@ def image_groups(
 
 
 def in_reading_order(groups: Sequence[Array], order: Sequence[tuple[int, int, int]]) -> Array:
-    """Joins the features of groups in the order of the images.
+    """Join the features of groups in the order of the images.
 
     Args:
       groups: [temporal patches, tokens, D] features per group of `image_groups`.
@@ -262,7 +262,7 @@ def in_reading_order(groups: Sequence[Array], order: Sequence[tuple[int, int, in
 
 
 def feature_counts(images: Sequence[Any], config: VisionConfig) -> list[int]:
-    """Counts the decoder's features per still image or video.
+    """Count the decoder's features per still image or video.
 
     Args:
       images: [height, width, channels] or [frames, height, width, channels] each.
@@ -291,7 +291,7 @@ def _frames_error(image: Array, config: VisionConfig) -> str:
 
 
 def _temporal_patches(image: Array, config: VisionConfig) -> Array:
-    """Reshapes an image or a video to [temporal patches, P, height, width, channels]."""
+    """Reshape an image or a video to [temporal patches, P, height, width, channels]."""
     if image.ndim not in (3, 4) or image.shape[-1] != config.channels:
         raise DataError(
             f"an image must be [height, width, {config.channels}] and a video [frames, height, "
@@ -306,7 +306,7 @@ def _temporal_patches(image: Array, config: VisionConfig) -> Array:
 
 
 def _feature_grids(images: Images, config: VisionConfig) -> list[tuple[int, int]]:
-    """Lists (rows, columns) of features per image, or per temporal patch of a video."""
+    """List (rows, columns) of features per image, or per temporal patch of a video."""
     if not isinstance(images, list | tuple):
         shapes = [images.shape[-3:]] * (images.shape[1] if images.ndim == 5 else 1)
     else:
@@ -320,19 +320,19 @@ def _feature_grids(images: Images, config: VisionConfig) -> list[tuple[int, int]
 
 
 def _at(tokens: Array, token: int | None) -> Array:
-    """Marks the placeholders of one kind; a model without them has none."""
+    """Mark the placeholders of one kind; a model without them has none."""
     return jnp.zeros(tokens.shape, bool) if token is None else tokens == token
 
 
 def _rank(placeholder: Array, per_row: bool) -> Array:
-    """Indexes the placeholders within each row, or over all rows in reading order."""
+    """Index the placeholders within each row, or over all rows in reading order."""
     if per_row:
         return jnp.cumsum(placeholder, axis=1) - 1
     return jnp.cumsum(placeholder.reshape(-1)).reshape(placeholder.shape) - 1
 
 
 def place_features(x: Array, placeholder: Array, features: Array) -> Array:
-    """Replaces embedded placeholders by features, in order.
+    """Replace embedded placeholders by features, in order.
 
     Args:
       x: [B, T, D] embedded tokens.

@@ -94,7 +94,7 @@ class SpeechEncoder(nn.Module):
             self.linear_2 = Linear(self.out_features, True, self.compute)
 
     def __call__(self, mel: Array) -> tuple[Array, dict[str, Any]]:
-        """Encodes log-mel spectrograms.
+        """Encode log-mel spectrograms.
 
         Args:
           mel: [B, frames, mel_bins]; `frames` must be `num_frames` with learned positions.
@@ -116,7 +116,7 @@ class SpeechEncoder(nn.Module):
         return self.head(final), intermediates
 
     def embed(self, mel: Array) -> tuple[Array, Array, Array]:
-        """Computes the input of the first layer, [B, frames / 2, D], and both convolutions."""
+        """Compute the input of the first layer, [B, frames / 2, D], and both convolutions."""
         conv1 = self.conv1(_neighbours(mel))
         conv2 = self.conv2(_neighbours(nn.gelu(conv1, approximate=False))[:, ::2])
         x = nn.gelu(conv2, approximate=False)
@@ -125,12 +125,12 @@ class SpeechEncoder(nn.Module):
         return constrain(x, "batch", "length", "embed"), conv1, conv2
 
     def angles(self, length: int) -> Array:
-        """Computes rotary angles, [1, length, rotary_dim / 2]."""
+        """Compute rotary angles, [1, length, rotary_dim / 2]."""
         frequencies = rotary.inverse_frequencies(self.config.rotary_dim, self.config.rope_theta)
         return jnp.asarray(np.arange(length)[:, None] * frequencies, jnp.float32)[None]
 
     def head(self, final: Array) -> Array:
-        """Merges `merge_size` adjacent normed frames and projects them."""
+        """Merge `merge_size` adjacent normed frames and project them."""
         if not self.config.projector_size:
             return final
         merged = final.reshape(final.shape[0], -1, final.shape[2] * self.config.merge_size)
@@ -139,6 +139,6 @@ class SpeechEncoder(nn.Module):
 
 
 def _neighbours(x: Array) -> Array:
-    """Concatenates each frame with its zero-padded neighbours, for a convolution of width 3."""
+    """Concatenate each frame with its zero-padded neighbours, for a convolution of width 3."""
     padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
     return jnp.concatenate([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], axis=-1)

@@ -81,7 +81,7 @@ class TextEncoder(nn.Module):
     def __call__(
         self, tokens: Array, valid: Array | None = None, token_types: Array | None = None
     ) -> tuple[Array, dict[str, Any]]:
-        """Encodes tokens.
+        """Encode tokens.
 
         Args:
           tokens: int [B, T] token ids.

@@ -182,7 +182,7 @@ class VisionEncoder(nn.Module):
             self.column = self.param("column", normal(0.3), (grid[1], self.out_features))
 
     def __call__(self, images: Array) -> tuple[Array, dict[str, Any]]:
-        """Encodes still images, or groups of frames, of one size.
+        """Encode still images, or groups of frames, of one size.
 
         Args:
           images: preprocessed images [B, height, width, channels], or temporal patches of videos
@@ -212,7 +212,7 @@ class VisionEncoder(nn.Module):
         return self.head(final, grid), intermediates
 
     def embed(self, images: Array) -> tuple[Array, Array]:
-        """Projects patches to [B, L, hidden_size]; returns them with and without positions."""
+        """Project patches to [B, L, hidden_size]; return them with and without positions."""
         config = self.config
         grid = config.grid_of((images.shape[-3], images.shape[-2]))
         projected = self.patch(patches(images, config))
@@ -222,7 +222,7 @@ class VisionEncoder(nn.Module):
         return constrain(x, "batch", "length", "embed"), projected
 
     def angles(self, grid: Grid) -> Array:
-        """Computes rotary angles of rows, then columns, [1, rows * columns, head_dim / 2]."""
+        """Compute rotary angles of rows, then columns, [1, rows * columns, head_dim / 2]."""
         config = self.config
         quarter = rotary.inverse_frequencies(config.head_size // 2, config.rope_theta)
         row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
@@ -230,7 +230,7 @@ class VisionEncoder(nn.Module):
         return jnp.asarray(angle, jnp.float32)[None]
 
     def head(self, final: Array, grid: Grid) -> Array:
-        """Merges and projects normed patches, with positions and boundaries where configured."""
+        """Merge and project normed patches, with positions and boundaries where configured."""
         config = self.config
         if not config.projector_size:
             return final
@@ -258,7 +258,7 @@ def _norm(config: VisionConfig, name: str | None) -> nn.Module:
 
 
 def patches(images: Array, config: VisionConfig) -> Array:
-    """Extracts (overlapping) patches from images; drops pixels beyond the last complete patch.
+    """Extract (overlapping) patches from images; drop pixels beyond the last complete patch.
 
     Args:
       images: [B, height, width, channels], or [B, P, height, width, channels].
@@ -306,7 +306,7 @@ def _join_windows(x: Array, grid: tuple[int, int], window: tuple[int, int]) -> A
 
 
 def _resize_positions(table: Array, source: tuple[int, int], target: tuple[int, int]) -> Array:
-    """Resamples a [rows * columns, D] table: bicubic, half-pixel centers, repeated edges."""
+    """Resample a [rows * columns, D] table: bicubic, half-pixel centers, repeated edges."""
     if source == target:
         return table
     weights = [_cubic_weights(source[axis], target[axis]) for axis in (0, 1)]
@@ -315,7 +315,7 @@ def _resize_positions(table: Array, source: tuple[int, int], target: tuple[int, 
 
 
 def _cubic_weights(source: int, target: int) -> np.ndarray:
-    """Computes the [target, source] matrix of cubic convolution with A = -0.75."""
+    """Compute the [target, source] matrix of cubic convolution with A = -0.75."""
     a = -0.75
     centre = (np.arange(target) + 0.5) * source / target - 0.5
     base = np.floor(centre).astype(int)

@@ -37,7 +37,7 @@ class _Box(meta.AxisMetadata):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Returns the shape of the dense weight."""
+        """Return the shape of the dense weight."""
         raise NotImplementedError
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Self:
@@ -89,17 +89,17 @@ class Masked(struct.PyTreeNode, _Box, repr=False):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Returns the shape of the dense weight."""
+        """Return the shape of the dense weight."""
         return self.value.shape
 
     @_program
     def unbox(self) -> Array:
-        """Returns the dense weight with zeros at pruned entries."""
+        """Return the dense weight with zeros at pruned entries."""
         value = meta.unbox(self.value)
         return value * self.mask.astype(value.dtype)
 
     def replace_boxed(self, val: Array) -> Masked:  # type: ignore[override]  # of arrays alone
-        """Returns a box with the same mask and new values."""
+        """Return a box with the same mask and new values."""
         return self.replace(value=val)
 
 
@@ -142,31 +142,31 @@ class Quantized(struct.PyTreeNode, _Box, repr=False):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Returns the shape of the dense weight."""
+        """Return the shape of the dense weight."""
         if self.kernel_shape:
             return (*self.data.shape[:-2], *self.kernel_shape)
         return (*self.data.shape[:-1], self.columns)
 
     def codes(self) -> Array:
-        """Returns the unpacked codes as int8 [..., out, in]."""
+        """Return the unpacked codes as int8 [..., out, in]."""
         return packing.unpack(self.data, self.columns, self.format.qtype)
 
     def levels(self) -> Array:
-        """Returns the level of each code, [..., out, in]: int8, or float32 for nf4."""
+        """Return the level of each code, [..., out, in]: int8, or float32 for nf4."""
         return quantization.levels(self.codes(), self.format.qtype)
 
     @_program
     def rows(self) -> Array:
-        """Returns the dense weight as float32 [..., out, in]."""
+        """Return the dense weight as float32 [..., out, in]."""
         return quantization.dequantize_levels(self.levels(), self.scale, self.zero)
 
     @_program
     def unbox(self) -> Array:
-        """Returns the dense weight."""
+        """Return the dense weight."""
         return _as_kernel(self.rows().astype(self.dtype), self.kernel_shape, self.kernel_axes)
 
     def replace_boxed(self, val: Array) -> Array:  # type: ignore[override]
-        """Returns `val` unboxed, since packed codes do not represent an arbitrary value."""
+        """Return `val` unboxed, since packed codes do not represent an arbitrary value."""
         return val
 
 
@@ -201,19 +201,19 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Returns the shape of the dense weight."""
+        """Return the shape of the dense weight."""
         if self.kernel_shape:
             return (*self.value.shape[:-2], *self.kernel_shape)
         return self.value.shape
 
     def stored_scale(self) -> Array:
-        """Returns float32 scales rounded to their stored type, with straight-through gradients."""
+        """Return float32 scales rounded to their stored type, with straight-through gradients."""
         stored = quantization.round_scale(self.scale, self.format.scale_dtype)
         return quantization.straight_through(self.scale, stored.astype(jnp.float32))
 
     @_program
     def unbox(self) -> Array:
-        """Returns the rounded dense weight."""
+        """Return the rounded dense weight."""
         # LSQ scales the gradient of a step by 1 / sqrt(N Q_max), N weights per scale.
         low, high = quantization.code_range(self.format.qtype)
         reach = max(abs(low), high) if self.format.qtype != "nf4" else 1
@@ -225,14 +225,14 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
 
     @_program
     def finalize(self) -> Quantized:
-        """Returns the packed box with the same dense weight."""
+        """Return the packed box with the same dense weight."""
         scale = self.stored_scale().astype(self.format.scale_dtype)
         codes = quantization.quantize(self.value, scale, self.zero, self.format.qtype)
         box = quantized(codes, scale, self.zero, self.format, self.kernel_shape, self.dtype)
         return box.replace(kernel_axes=self.kernel_axes)
 
     def replace_boxed(self, val: Array) -> Array:  # type: ignore[override]
-        """Returns `val` unboxed."""
+        """Return `val` unboxed."""
         return val
 
 
@@ -253,15 +253,15 @@ class Narrow(struct.PyTreeNode, _Box, repr=False):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Returns the shape of the dense weight."""
+        """Return the shape of the dense weight."""
         return self.value.shape
 
     def unbox(self) -> Array:
-        """Returns the dense weight."""
+        """Return the dense weight."""
         return self.value.astype(self.dtype)
 
     def replace_boxed(self, val: Array) -> Array:  # type: ignore[override]
-        """Returns `val` unboxed."""
+        """Return `val` unboxed."""
         return val
 
 
@@ -285,17 +285,17 @@ def _as_kernel(rows: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Ar
 
 
 def is_box(node: object) -> bool:
-    """Tests for a boxed parameter."""
+    """Test for a boxed parameter."""
     return isinstance(node, meta.AxisMetadata)
 
 
 def dense(node: Weight) -> Array:
-    """Returns the dense array of a box, or the array itself."""
+    """Return the dense array of a box, or the array itself."""
     return meta.unbox(node)
 
 
 def mask(value: Array | Masked | FakeQuantized, keep: Array) -> Masked:
-    """Boxes a weight with a mask.
+    """Box a weight with a mask.
 
     Args:
       value: weight of any shape.
@@ -322,7 +322,7 @@ def mask(value: Array | Masked | FakeQuantized, keep: Array) -> Masked:
 
 
 def narrow(value: Array, dtype: DTypeLike) -> Narrow:
-    """Boxes a weight that is stored in a narrower type than its module computes with.
+    """Box a weight that is stored in a narrower type than its module computes with.
 
     Args:
       value: weight of any shape, in a floating type.
@@ -352,7 +352,7 @@ def quantized(
     output_scale: Array | None = None,
     output_zero: Array | None = None,
 ) -> Quantized:
-    """Packs codes and boxes them with their scales.
+    """Pack codes and boxes them with their scales.
 
     Args:
       codes: int8 [..., out, in] within the range of `format.qtype`.
@@ -400,7 +400,7 @@ def fake_quantized(
     kernel_shape: tuple[int, ...] = (),
     dtype: str = "float32",
 ) -> FakeQuantized:
-    """Boxes a weight for quantization-aware training.
+    """Box a weight for quantization-aware training.
 
     Args:
       value: weight [..., out, in].
@@ -440,7 +440,7 @@ def _check_grid(shape: tuple[int, ...], scale: Array, zero: Array | None, format
 
 
 def describe(box: Any) -> dict[str, Any]:
-    """Returns the static fields of a box as JSON-ready values, the input of `rebuild`.
+    """Return the static fields of a box as JSON-ready values, the input of `rebuild`.
 
     Args:
       box: one of `BOXES`.
@@ -467,7 +467,7 @@ def describe(box: Any) -> dict[str, Any]:
 
 
 def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Any:
-    """Rebuilds a box from its arrays and the output of `describe`.
+    """Rebuild a box from its arrays and the output of `describe`.
 
     Args:
       fields: arrays by field name.
@@ -535,7 +535,7 @@ def _static_fields(kind: type) -> tuple[str, ...]:
 
 
 def _check_keys(stored: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    """Refuses unknown keys, since they may change the meaning of the bytes."""
+    """Refuse unknown keys, since they may change the meaning of the bytes."""
     unknown = [key for key in stored if key not in known]
     if unknown:
         raise BoxError(f"{where} has the unknown key {unknown[0]!r:.60}; known: {', '.join(known)}")
@@ -577,7 +577,7 @@ BOXES = {
 
 
 def check_reach(box: Weight, where: str) -> None:
-    """Checks that every level times its scale is finite in the type of the dense weight.
+    """Check that every level times its scale is finite in the type of the dense weight.
 
     Args:
       box: a box with arrays. Other parameters are not checked.
@@ -597,7 +597,7 @@ def check_reach(box: Weight, where: str) -> None:
 
 
 def array_fields(box: Box) -> dict[str, Any]:
-    """Returns the array fields of a box by name; absent fields are None."""
+    """Return the array fields of a box by name; absent fields are None."""
     return {
         field.name: getattr(box, field.name)
         for field in dataclasses.fields(box)
@@ -606,5 +606,5 @@ def array_fields(box: Box) -> dict[str, Any]:
 
 
 def tree_leaves(tree: Any) -> list[Any]:
-    """Lists the leaves of a parameter tree, with each box as one leaf."""
+    """List the leaves of a parameter tree, with each box as one leaf."""
     return jax.tree.leaves(tree, is_leaf=is_box)

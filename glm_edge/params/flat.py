@@ -20,7 +20,7 @@ REQUIRED = {
 
 
 def to_flat(params: Params) -> tuple[dict[str, Array], Spec]:
-    """Flattens a tree into named arrays and the description of its boxes.
+    """Flatten a tree into named arrays and the description of its boxes.
 
     Args:
       params: tree of arrays and boxes.
@@ -46,7 +46,7 @@ def to_flat(params: Params) -> tuple[dict[str, Array], Spec]:
 
 
 def from_flat(arrays: dict[str, Array], spec: Spec) -> Params:
-    """Rebuilds a tree from its flat form, the inverse of `to_flat`.
+    """Rebuild a tree from its flat form, the inverse of `to_flat`.
 
     Args:
       arrays: arrays by name.

@@ -137,7 +137,7 @@ class Format:
 
     @classmethod
     def parse(cls, text: str) -> "Format":
-        """Reads a format string such as `int4-g32-affine`; the inverse of `str`.
+        """Read a format string such as `int4-g32-affine`; the inverse of `str`.
 
         Args:
           text: string in the grammar of the class's docstring.
@@ -174,11 +174,11 @@ class Format:
 
     @property
     def columns_per_scale(self) -> int:
-        """Returns the columns of a group, or 0 for one scale per row or per tensor."""
+        """Return the columns of a group, or 0 for one scale per row or per tensor."""
         return self.group_size if isinstance(self.group_size, int) else 0
 
     def num_groups(self, columns: int) -> int:
-        """Counts the scales per row, or 1 for one scale per tensor.
+        """Count the scales per row, or 1 for one scale per tensor.
 
         Args:
           columns: columns per row.
@@ -198,12 +198,12 @@ class Format:
         return columns // self.group_size
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of the scales of a weight `[..., out, in]`."""
+        """Return the shape of the scales of a weight `[..., out, in]`."""
         rows = 1 if self.group_size == PER_TENSOR else shape[-2]
         return (*shape[:-2], rows, self.num_groups(shape[-1]))
 
     def stored_bytes(self, shape: tuple[int, ...]) -> int:
-        """Returns the bytes of a weight `[..., out, in]`, including scales and zero points."""
+        """Return the bytes of a weight `[..., out, in]`, including scales and zero points."""
         *leading, rows, columns = shape
         matrices = 1
         for extent in leading:
@@ -219,7 +219,7 @@ class Format:
 
 
 def _read_part(where: str, part: str) -> tuple[str, Any]:
-    """Returns the option and the value of a part of a format."""
+    """Return the option and the value of a part of a format."""
     group = _GROUP.fullmatch(part)
     if part in ("channel", PER_TENSOR) or group:
         size = PER_TENSOR if part == PER_TENSOR else None
@@ -238,5 +238,5 @@ def _read_part(where: str, part: str) -> tuple[str, Any]:
 
 
 def default_scale_dtype(group_size: int | str | None) -> str:
-    """Returns bfloat16 for groups, which have many scales, and float32 for rows and matrices."""
+    """Return bfloat16 for groups, which have many scales, and float32 for rows and matrices."""
     return "bfloat16" if isinstance(group_size, int) else "float32"

@@ -29,11 +29,11 @@ class Layout:
 
     @classmethod
     def of_rows(cls, ndim: int) -> "Layout":
-        """Returns the layout of an array stored `[..., out, in]`."""
+        """Return the layout of an array stored `[..., out, in]`."""
         return cls(max(ndim - 2, 0))
 
     def rows(self, array: Array) -> Array:
-        """Arranges a parameter as `[..., out, in]`, with the axes of the stack in front."""
+        """Arrange a parameter as `[..., out, in]`, with the axes of the stack in front."""
         stack, rows, columns = self.stack, *self.extent(array.shape)
         if self.inputs is not None:
             order = self._order_of(array.ndim)
@@ -41,12 +41,12 @@ class Layout:
         return array.reshape(*array.shape[:stack], rows, columns)
 
     def matrices(self, array: Array) -> Array:
-        """Arranges a parameter as `[out, in]`, or a stack of them as `[matrices, out, in]`."""
+        """Arrange a parameter as `[out, in]`, or a stack of them as `[matrices, out, in]`."""
         rows = self.rows(array)
         return rows.reshape(-1, *rows.shape[-2:]) if self.stack else rows
 
     def restored(self, matrices: Array, shape: tuple[int, ...]) -> Array:
-        """Restores a parameter from `rows` or `matrices`.
+        """Restore a parameter from `rows` or `matrices`.
 
         Args:
           matrices: `[..., out, in]`.
@@ -63,7 +63,7 @@ class Layout:
         return ordered.transpose(*range(stack), *(stack + axis for axis in back))
 
     def extent(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Returns `(out, in)` of each matrix of a parameter of this shape."""
+        """Return `(out, in)` of each matrix of a parameter of this shape."""
         matrix_shape = shape[self.stack :]
         columns = (
             matrix_shape[-1]
@@ -73,11 +73,11 @@ class Layout:
         return math.prod(matrix_shape) // columns if columns else 0, columns
 
     def count(self, shape: tuple[int, ...]) -> int:
-        """Counts the matrices in a parameter of this shape."""
+        """Count the matrices in a parameter of this shape."""
         return math.prod(shape[: self.stack])
 
     def kernel(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Returns the fields of `params.Quantized` that restore this shape."""
+        """Return the fields of `params.Quantized` that restore this shape."""
         if self.inputs is None:
             return {"kernel_shape": (), "kernel_axes": ()}
         matrix_shape = shape[self.stack :]
@@ -89,7 +89,7 @@ class Layout:
         }
 
     def _order_of(self, ndim: int) -> tuple[int, ...]:
-        """Orders the axes after the stack, outputs before inputs."""
+        """Order the axes after the stack, outputs before inputs."""
         inputs = self.inputs or ()
         outputs = (axis for axis in range(ndim - self.stack) if axis not in inputs)
         return (*outputs, *inputs)
@@ -102,7 +102,7 @@ AS_ROWS = Layout()
 def from_bias(
     kernel: tuple[int, ...], bias: tuple[int, ...] | None, stack: int | None = None
 ) -> Layout | None:
-    """Infers the layout of a stock kernel from the shape of its bias.
+    """Infer the layout of a stock kernel from the shape of its bias.
 
     A bias has the axes of the stack and of the outputs. Stock kernels have their outputs last.
 
@@ -132,7 +132,7 @@ def from_bias(
 
 
 def by_name(path: str, shape: tuple[int, ...]) -> Layout | None:
-    """Infers a layout from path and shape; None for a kernel of three or more axes."""
+    """Infer a layout from path and shape; None for a kernel of three or more axes."""
     if path.rsplit("/", 1)[-1] != "kernel":
         return Layout.of_rows(len(shape))
     return from_bias(shape, None)

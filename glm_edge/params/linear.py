@@ -12,7 +12,7 @@ COMPUTE = ("float32", "bfloat16", "int8_dynamic", "int8_static")
 
 
 def linear(x: Array, weight: Weight, compute: str = "float32") -> Array:
-    """Multiplies activations with a weight or box, `[..., in] x [out, in] -> [..., out]`.
+    """Multiply activations with a weight or box, `[..., in] x [out, in] -> [..., out]`.
 
     Args:
       x: [..., in] activations.
@@ -52,7 +52,7 @@ def _quantized_linear(x: Array, weight: Quantized, compute: str) -> Array:
 
 
 def lookup(weight: Weight, tokens: Array) -> Array:
-    """Reads rows of an embedding and dequantizes only these.
+    """Read rows of an embedding and dequantize only these.
 
     The result is at least float32, since activations start here.
 

@@ -41,7 +41,7 @@ _SHARED: contextvars.ContextVar[_Work | None] = contextvars.ContextVar("_SHARED"
 
 @contextlib.contextmanager
 def shared_steps() -> Iterator[None]:
-    """Bounds the total time of all searches inside, including inner calls; also a decorator.
+    """Bound the total time of all searches inside, including inner calls; also a decorator.
 
     A search raises RecipeError once the total exceeds the limit.
     """
@@ -66,7 +66,7 @@ class Pattern:
     """
 
     def __init__(self, text: str) -> None:
-        """Compiles an expression.
+        """Compile an expression.
 
         Args:
           text: regular expression.
@@ -92,11 +92,11 @@ class Pattern:
             raise ValueError("it is nested too deep") from error
 
     def search(self, path: str) -> bool:
-        """Tests for a match anywhere in a path."""
+        """Test for a match anywhere in a path."""
         return self.match(path) is not None
 
     def match(self, path: str) -> str | None:
-        """Returns the leftmost match in a path (the longest at that position), or None.
+        """Return the leftmost match in a path (the longest at that position), or None.
 
         Args:
           path: parameter path.
@@ -127,7 +127,7 @@ class Pattern:
 
 @functools.lru_cache(maxsize=256)
 def compiled(pattern: str | None) -> Pattern:
-    """Compiles an expression with a cache; None matches everything."""
+    """Compile an expression with a cache; None matches everything."""
     return Pattern(pattern or "")
 
 

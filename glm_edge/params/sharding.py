@@ -73,7 +73,7 @@ _PATTERNS = tuple((re.compile(rf"(?:.*/)?{pattern}"), axes) for pattern, axes in
 
 
 def logical_axes(path: str, shape: tuple[int, ...]) -> Axes:
-    """Names the axes of a parameter.
+    """Name the axes of a parameter.
 
     Args:
       path: parameter path such as `decoder/layers/0/attention/q_proj/weight`.
@@ -95,7 +95,7 @@ def named_sharding(
     rules: Rules = RULES,
     config: ModelConfig | None = None,
 ) -> NamedSharding | meta.AxisMetadata:
-    """Returns the sharding of a parameter, with equal parts and without splitting heads or groups.
+    """Return the sharding of a parameter, with equal parts and without splitting heads or groups.
 
     Args:
       path: parameter path.
@@ -139,7 +139,7 @@ def named_sharding(
 
 
 def _cuttable(leaf: Quantized | FakeQuantized) -> int:
-    """Counts the parts of a row that end at complete bytes, or 1."""
+    """Count the parts of a row that end at complete bytes, or 1."""
     columns = leaf.value.shape[-1] if isinstance(leaf, FakeQuantized) else leaf.columns
     unit = 1 if isinstance(leaf, FakeQuantized) else packing.unit(leaf.format.qtype)
     return columns // unit if columns % unit == 0 else 1
@@ -148,7 +148,7 @@ def _cuttable(leaf: Quantized | FakeQuantized) -> int:
 def shardings(
     params: Params, mesh: Mesh, rules: Rules = RULES, config: ModelConfig | None = None
 ) -> Params:
-    """Returns the `named_sharding` of every parameter.
+    """Return the `named_sharding` of every parameter.
 
     Args:
       params: tree of concrete or abstract arrays and boxes.
@@ -168,7 +168,7 @@ def shardings(
 def shard(
     params: Params, mesh: Mesh, rules: Rules = RULES, config: ModelConfig | None = None
 ) -> Params:
-    """Moves parameters onto a mesh.
+    """Move parameters onto a mesh.
 
     Args:
       params: tree of arrays and boxes.
@@ -187,7 +187,7 @@ def shard(
 
 @contextlib.contextmanager
 def on(mesh: Mesh, rules: Rules = RULES) -> Iterator[Mesh]:
-    """Shards the activations of models and puts new arrays on `mesh`, within a context.
+    """Shard the activations of models and puts new arrays on `mesh`, within a context.
 
     A compiled function keeps the rules that were active when it was traced.
 
@@ -207,7 +207,7 @@ def on(mesh: Mesh, rules: Rules = RULES) -> Iterator[Mesh]:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Constrains an activation to the sharding of the rules of `on`; the identity outside of `on`.
+    """Constrain an activation to the sharding of the rules of `on`; the identity outside of `on`.
 
     Args:
       x: any array.
@@ -230,12 +230,12 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """Returns the mesh with `Auto` axes, along which XLA decides how products are sharded."""
+    """Return the mesh with `Auto` axes, along which XLA decides how products are sharded."""
     return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _rules_of(mesh: Mesh, rules: Rules) -> Rules:
-    """Selects the rules whose mesh axes exist; other axes are replicated."""
+    """Select the rules whose mesh axes exist; other axes are replicated."""
     known = [
         (name, target)
         for name, target in rules
@@ -259,7 +259,7 @@ def _num_shards(sizes: dict[str, int], target: str | tuple[str, ...] | None) -> 
 
 
 def _sharding(mesh: Mesh, rules: Rules, axes: Axes, units: tuple[int, ...]) -> NamedSharding:
-    """Splits each axis if the devices along its mesh axis divide its count of units."""
+    """Split each axis if the devices along its mesh axis divide its count of units."""
     cut = tuple(nn.logical_to_mesh_axes(axes, rules) or ())
     spec = [
         target if count % _num_shards(mesh.shape, target) == 0 else None
@@ -269,7 +269,7 @@ def _sharding(mesh: Mesh, rules: Rules, axes: Axes, units: tuple[int, ...]) -> N
 
 
 def _units(name: str | None, size: int, path: str, config: ModelConfig | None) -> int:
-    """Counts the indivisible parts of an axis: heads, or otherwise single rows or columns."""
+    """Count the indivisible parts of an axis: heads, or otherwise single rows or columns."""
     if name not in ("heads", "kv_heads"):
         return size
     if config is None:

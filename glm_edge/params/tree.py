@@ -25,18 +25,18 @@ MATRIX_NAMES = ("weight", "kernel", "embedding")
 
 
 def path_items(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields `(path, array or box)` in the tree's order, with `/` between names."""
+    """Yield `(path, array or box)` in the tree's order, with `/` between names."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)[0]:
         yield path_string(path), leaf
 
 
 def path_string(path: tuple[Any, ...]) -> str:
-    """Joins a key path of `jax.tree_util` with `/`."""
+    """Join a key path of `jax.tree_util` with `/`."""
     return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
 def map_with_path(function: Callable[[str, Any], Any], params: Params) -> Params:
-    """Maps a function over a tree, with each box as one leaf.
+    """Map a function over a tree, with each box as one leaf.
 
     Args:
       function: function of a path and an array or box.
@@ -51,7 +51,7 @@ def map_with_path(function: Callable[[str, Any], Any], params: Params) -> Params
 
 
 def is_matrix(path: str, leaf: Weight | np.ndarray) -> bool:
-    """Tests for a floating weight of a product or an embedding, which transforms can compress.
+    """Test for a floating weight of a product or an embedding, which transforms can compress.
 
     Args:
       path: parameter path, whose last component must be in `MATRIX_NAMES`.
@@ -67,7 +67,7 @@ def is_matrix(path: str, leaf: Weight | np.ndarray) -> bool:
 
 @shared_steps()
 def select(params: Params, where: str | None) -> list[str]:
-    """Lists the paths of the matrices that a pattern selects.
+    """List the paths of the matrices that a pattern selects.
 
     Args:
       params: tree of arrays and boxes.
@@ -101,7 +101,7 @@ def select(params: Params, where: str | None) -> list[str]:
 
 
 def partition(params: Params, scales: bool = False) -> tuple[Params, Params]:
-    """Splits a tree into trainable and frozen arrays, for `jax.grad` and optimizers.
+    """Split a tree into trainable and frozen arrays, for `jax.grad` and optimizers.
 
     Floating arrays and the trainable fields of boxes are trainable. Integers, masks, packed data
     and frozen scales are not. Each tree contains None where the other contains an array.
@@ -135,7 +135,7 @@ def partition(params: Params, scales: bool = False) -> tuple[Params, Params]:
 
 
 def combine(trainable: Params, frozen: Params) -> Params:
-    """Combines the two trees of `partition`.
+    """Combine the two trees of `partition`.
 
     Args:
       trainable: first tree, after any number of updates.
@@ -153,7 +153,7 @@ def combine(trainable: Params, frozen: Params) -> Params:
 
 
 def cast(params: Params, dtype: DTypeLike) -> Params:
-    """Casts trainable arrays to a floating type.
+    """Cast trainable arrays to a floating type.
 
     Args:
       params: tree of arrays and boxes.
@@ -167,15 +167,15 @@ def cast(params: Params, dtype: DTypeLike) -> Params:
 
 
 def count(params: Tree) -> int:
-    """Counts the parameters: entries of the dense arrays, including pruned zeros."""
+    """Count the parameters: entries of the dense arrays, including pruned zeros."""
     return sum(math.prod(leaf.shape) for leaf in tree_leaves(params))
 
 
 def stored_bytes(params: Tree) -> int:
-    """Sums the bytes of all stored arrays: packed integers, scales, zero points, masks."""
+    """Sum the bytes of all stored arrays: packed integers, scales, zero points, masks."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
 def nested(flat: dict[str, Any]) -> Params:
-    """Builds a nested tree from `{path: leaf}`."""
+    """Build a nested tree from `{path: leaf}`."""
     return traverse_util.unflatten_dict({tuple(path.split("/")): v for path, v in flat.items()})

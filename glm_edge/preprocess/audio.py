@@ -31,7 +31,7 @@ BLOCK = 1 << 20
 def load_wav(
     source: str | os.PathLike | bytes | bytearray | memoryview,
 ) -> tuple[np.ndarray, int]:
-    """Reads a recording and averages its channels.
+    """Read a recording and average its channels.
 
     A size that a phone or ffmpeg left unknown (0, 0xFFFFFFFF) extends to the end of the file.
 
@@ -49,7 +49,7 @@ def load_wav(
 
 
 def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """Resamples with a Kaiser-windowed sinc filter.
+    """Resample with a Kaiser-windowed sinc filter.
 
     Args:
       samples: [L] at `rate`.
@@ -91,7 +91,7 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
 def _resample_by_phases(
     samples: np.ndarray, count: int, ratio: tuple[int, int], cutoff: float, reach: int
 ) -> np.ndarray:
-    """Resamples with only the phases that occur, since scipy needs the taps of all phases.
+    """Resample with only the phases that occur, since scipy needs the taps of all phases.
 
     Rates without a common divisor have `target` phases. From 767,999 to 1,000 Hz, scipy would need
     52 million taps even for a short recording.
@@ -113,7 +113,7 @@ def _resample_by_phases(
 
 
 def _filter_bank(phases: np.ndarray, cutoff: float, reach: int) -> np.ndarray:
-    """Computes taps of unit gain per fraction of a sample, float32 [phases, 2 * reach + 1]."""
+    """Compute taps of unit gain per fraction of a sample, float32 [phases, 2 * reach + 1]."""
     around = np.arange(-reach, reach + 1)
     bank = np.empty((phases.size, around.size), np.float32)
     step = max(1, BLOCK // around.size)
@@ -126,7 +126,7 @@ def _filter_bank(phases: np.ndarray, cutoff: float, reach: int) -> np.ndarray:
 
 
 def prepare_audio(samples: np.ndarray, config: SpeechConfig) -> np.ndarray:
-    """Computes a model's log-mel frames, padded with silence at the end.
+    """Compute a model's log-mel frames, padded with silence at the end.
 
     Args:
       samples: [L] or [B, L] at `config.sample_rate`, in -1..1.
@@ -156,7 +156,7 @@ def prepare_audio(samples: np.ndarray, config: SpeechConfig) -> np.ndarray:
 def prepare_recording(
     samples: np.ndarray, processing: AudioProcessing
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Splits a recording into chunks and computes their log-mel frames; pads the last with silence.
+    """Split a recording into chunks and compute their log-mel frames; pads the last with silence.
 
     Args:
       samples: [L] at `processing.sample_rate`, in -1..1.

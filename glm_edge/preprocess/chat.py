@@ -40,7 +40,7 @@ Message = Mapping[str, Any]
 
 
 def family_template(family: str) -> str:
-    """Returns this library's template of a family, for checkpoints without a template.
+    """Return this library's template of a family, for checkpoints without a template.
 
     Args:
       family: one of `FAMILIES`.
@@ -58,7 +58,7 @@ def family_template(family: str) -> str:
 
 
 def checkpoint_template(directory: Path) -> str | None:
-    """Reads a checkpoint's chat template.
+    """Read a checkpoint's chat template.
 
     Args:
       directory: checkpoint directory. The first template in `chat_template.jinja`,
@@ -113,7 +113,7 @@ def render(
     add_generation_prompt: bool = True,
     **variables: Any,
 ) -> str:
-    """Renders a conversation.
+    """Render a conversation.
 
     The template is an untrusted program. It is interpreted within limits of time and memory, on
     copies of plain JSON values. The result is one string that does not distinguish messages from
@@ -152,7 +152,7 @@ def render_marked(
     constants: Mapping[str, str] | None = None,
     special: Sequence[str] = (),
 ) -> Rendered:
-    """Renders a conversation so that untrusted text cannot spell a special token.
+    """Render a conversation so that untrusted text cannot spell a special token.
 
     Args:
       template: as in `render`.
@@ -195,7 +195,7 @@ def render_marked(
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """Separates GLM-4.1V's reasoning from its answer.
+    """Separate GLM-4.1V's reasoning from its answer.
 
     Args:
       text: generated text, `<think>…</think><answer>…</answer>`. Either part may be missing or

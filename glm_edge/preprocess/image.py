@@ -29,7 +29,7 @@ BLOCK = 1 << 22
 
 
 def load_image(source: ImageSource) -> np.ndarray:
-    """Reads an image (PNG, JPEG, …) and applies its EXIF orientation.
+    """Read an image (PNG, JPEG, …) and apply its EXIF orientation.
 
     Args:
       source: path of a file, its bytes, or a Pillow image.
@@ -63,7 +63,7 @@ def _decoder(file: Any, where: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _refused(where: str) -> Iterator[None]:
-    """Converts any exception of a decoder to a one-line DataError."""
+    """Convert any exception of a decoder to a one-line DataError."""
     from PIL import UnidentifiedImageError
 
     try:
@@ -105,7 +105,7 @@ def _check_size(size: tuple[int, int], where: str) -> None:
 
 
 def prepare_images(images: np.ndarray | Sequence[np.ndarray], config: VisionConfig) -> np.ndarray:
-    """Resizes images to a model's image size; width and height scale independently.
+    """Resize images to a model's image size; width and height scale independently.
 
     Args:
       images: one image [height, width, channels] or a list of any sizes: floats in 0..1 or uint8.
@@ -130,7 +130,7 @@ def prepare_images(images: np.ndarray | Sequence[np.ndarray], config: VisionConf
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resamples with Pillow's antialiased bicubic filter.
+    """Resample with Pillow's antialiased bicubic filter.
 
     Args:
       image: [height, width, channels], floats in 0..1 or uint8.
@@ -165,7 +165,7 @@ def _as_floats(image: np.ndarray) -> np.ndarray:
 
 
 def check_pixels(image: np.ndarray, where: str, channels: int, axes: int = 3) -> np.ndarray:
-    """Checks shape, type and range of an image or of the frames of a video.
+    """Check shape, type and range of an image or of the frames of a video.
 
     Args:
       image: [height, width, channels], or [frames, …], floats in 0..1 or uint8.

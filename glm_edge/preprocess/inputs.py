@@ -58,7 +58,7 @@ class Inputs(Mapping):
 
     @classmethod
     def of(cls, inputs: "Mapping[str, Any] | ArrayLike") -> "Inputs":
-        """Reads inputs from `Inputs`, a mapping of the same names, or an int array [B, T].
+        """Read inputs from `Inputs`, a mapping of the same names, or an int array [B, T].
 
         Raises:
           DataError: a name is unknown or `tokens` is missing, or as the constructor.
@@ -87,12 +87,12 @@ class Inputs(Mapping):
         return sum(1 for _ in self)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
-        """Returns the arrays of all fields."""
+        """Return the arrays of all fields."""
         return tuple(getattr(self, item.name) for item in dataclasses.fields(self)), None
 
     @classmethod
     def tree_unflatten(cls, _: None, arrays: tuple[Any, ...]) -> "Inputs":
-        """Rebuilds without validation: the arrays may be tracers."""
+        """Rebuild without validation: the arrays may be tracers."""
         rebuilt = object.__new__(cls)
         for item, array in zip(dataclasses.fields(cls), arrays, strict=True):
             object.__setattr__(rebuilt, item.name, array)

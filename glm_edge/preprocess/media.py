@@ -26,7 +26,7 @@ FILE_TYPES = (str, os.PathLike, bytes, bytearray, memoryview)
 def gather(
     conversations: Sequence[Sequence[Message]], supplied: Mapping[str, Iterable[Any] | None]
 ) -> list[list[tuple[str, Any]]]:
-    """Lists the images, videos and recordings of each conversation.
+    """List the images, videos and recordings of each conversation.
 
     Args:
       conversations: lists of messages. A part of a message contains its own image, video or
@@ -64,7 +64,7 @@ def gather(
 
 
 def listed(kind: str, values: Any) -> list[Any]:
-    """Converts the supplied items of one kind to a list.
+    """Convert the supplied items of one kind to a list.
 
     Args:
       kind: one of `KINDS`.
@@ -90,7 +90,7 @@ def listed(kind: str, values: Any) -> list[Any]:
 
 
 def open_image(value: Any) -> np.ndarray:
-    """Reads pixels [H, W, C] from an array, a Pillow image, a path, bytes or a data URL."""
+    """Read pixels [H, W, C] from an array, a Pillow image, a path, bytes or a data URL."""
     value = _encoded(value, "image")
     if hasattr(value, "convert") or isinstance(value, FILE_TYPES):
         return load_image(value)
@@ -98,7 +98,7 @@ def open_image(value: Any) -> np.ndarray:
 
 
 def open_recording(value: Any, sample_rate: int) -> np.ndarray:
-    """Reads samples [L] from an array, `(samples, rate)`, or a WAV file (path, bytes, data URL)."""
+    """Read samples [L] from an array, `(samples, rate)`, or a WAV file (path, bytes, data URL)."""
     value = _encoded(value, "audio")
     if isinstance(value, FILE_TYPES):
         value = load_wav(value)
@@ -111,7 +111,7 @@ def open_recording(value: Any, sample_rate: int) -> np.ndarray:
 
 
 def open_video(value: Any) -> Video:
-    """Returns a `Video`, or converts `(frames, fps)` to one."""
+    """Return a `Video`, or convert `(frames, fps)` to one."""
     if isinstance(value, tuple) and len(value) == 2:
         return Video(value[0], fps=value[1])
     if not isinstance(value, Video):
@@ -144,7 +144,7 @@ def _value_of(part: Mapping[str, Any], kind: str) -> Any:
 
 
 def _encoded(value: Any, kind: str) -> Any:
-    """Decodes a data URL and refuses other URLs; other values pass unchanged."""
+    """Decode a data URL and refuse other URLs; other values pass unchanged."""
     if not isinstance(value, str):
         return value
     if value.startswith("data:"):

@@ -20,7 +20,7 @@ FORMAT = "glm_edge"
 
 
 def read_config(fields: Mapping[str, Any], where: str) -> GLMConfig:
-    """Reads the model's configuration.
+    """Read the model's configuration.
 
     Args:
       fields: fields of config.json.
@@ -46,7 +46,7 @@ def read_config(fields: Mapping[str, Any], where: str) -> GLMConfig:
 
 
 def read_encoders(directory: Path, config: GLMConfig, tokenizer: Any) -> dict[str, Any]:
-    """Reads the preprocessing of images, videos and recordings, and their placeholders.
+    """Read the preprocessing of images, videos and recordings, and their placeholders.
 
     Models with the architecture of GLM-4.1V or GLM-Edge-V use the preprocessing of those families.
     Other models read images stretched to their size, with values in 0..1, and one recording padded

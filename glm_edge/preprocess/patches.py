@@ -17,7 +17,7 @@ def to_patches(
     temporal_patch_size: int = 2,
     merge_size: int = 2,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Packs images and videos as `pixel_values` and their grids.
+    """Pack images and videos as `pixel_values` and their grids.
 
     Args:
       images: [H, W, C] or [F, H, W, C]. A still image is repeated `temporal_patch_size` times.
@@ -80,7 +80,7 @@ def from_patches(
     merge_size: int = 2,
     channels: int = 3,
 ) -> list[np.ndarray]:
-    """Unpacks `pixel_values` to images and videos.
+    """Unpack `pixel_values` to images and videos.
 
     Args:
       pixel_values: [patches of all images, channels * temporal_patch_size * patch_size**2].

@@ -110,7 +110,7 @@ class ImageProcessing:
 
     @property
     def fixed_size(self) -> tuple[int, int]:
-        """Returns `size`, which all sizings but `smart` have.
+        """Return `size`, which all sizings but `smart` have.
 
         Raises:
           ConfigError: images keep their shape.
@@ -125,7 +125,7 @@ class ImageProcessing:
         return self.patch_size * self.merge_size
 
     def num_tokens(self, image: np.ndarray) -> int:
-        """Counts the features of a prepared image [H, W, C] or one temporal patch of a video."""
+        """Count the features of a prepared image [H, W, C] or one temporal patch of a video."""
         height, width = image.shape[-3:-1]
         return (height // self.factor) * (width // self.factor) + self.marker_tokens
 
@@ -214,7 +214,7 @@ class AudioProcessing:
         return max(1, int(self.max_s // self.chunk_s))
 
     def num_tokens(self, audio_frames: np.ndarray) -> int:
-        """Counts the features of all chunks.
+        """Count the features of all chunks.
 
         Args:
           audio_frames: int [N], valid frames per chunk.

@@ -24,7 +24,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def conversations_of(messages: Any) -> Sequence[Sequence[Any]]:
-    """Converts one message, one conversation or several to a list of conversations.
+    """Convert one message, one conversation or several to a list of conversations.
 
     Args:
       messages: one message, a list of messages, or a list of such lists.
@@ -91,7 +91,7 @@ class Processor:
     def from_checkpoint(
         cls, directory: str | Path, family: str | None = None, template: str | None = None
     ) -> "Processor":
-        """Reads a checkpoint's config.json, tokenizer.json and optional processor files.
+        """Read a checkpoint's config.json, tokenizer.json and optional processor files.
 
         Args:
           directory: checkpoint directory in the format of Hugging Face or of this library.
@@ -156,7 +156,7 @@ class Processor:
         special_tokens_in_text: bool = False,
         **variables: Any,
     ) -> Inputs:
-        """Prepares a batch.
+        """Prepare a batch.
 
         Args:
           messages: one message, one conversation or several; see
@@ -227,12 +227,12 @@ class Processor:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """Renders one conversation, with one placeholder per image, video and recording."""
+        """Render one conversation, with one placeholder per image, video and recording."""
         values = {**self.variables, **variables}
         return chat.render(self.template, messages, tools, add_generation_prompt, **values)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Decodes generated tokens [T] up to, and without, the first stop token.
+        """Decode generated tokens [T] up to, and without, the first stop token.
 
         The text keeps other special tokens, such as `<think>`.
         """
@@ -265,7 +265,7 @@ class Processor:
         return (mel, audio_frames), self.audio_token * self.audio.num_tokens(audio_frames)
 
     def _expand(self, text: str, placeholders: list[tuple[str, str]]) -> str:
-        """Repeats each placeholder of the template to the count of its features."""
+        """Repeat each placeholder of the template to the count of its features."""
         kinds = {}
         if self.audio is not None:
             kinds[self.audio_token] = "audio"

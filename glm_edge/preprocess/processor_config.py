@@ -48,7 +48,7 @@ Processing = TypeVar("Processing", bound=ImageProcessing)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of a checkpoint.
+    """Read a JSON object of a checkpoint.
 
     Args:
       path: file path.
@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_image_processing(directory: Path, base: ImageProcessing) -> ImageProcessing:
-    """Reads a checkpoint's image preprocessing.
+    """Read a checkpoint's image preprocessing.
 
     Args:
       directory: directory with `processor_config.json`, `preprocessor_config.json` or neither.
@@ -83,7 +83,7 @@ def read_image_processing(directory: Path, base: ImageProcessing) -> ImageProces
 
 
 def read_video_processing(directory: Path, base: VideoProcessing) -> VideoProcessing | None:
-    """Reads a checkpoint's video preprocessing; None if its sampling method is unknown.
+    """Read a checkpoint's video preprocessing; None if its sampling method is unknown.
 
     Arguments and exceptions as in `read_image_processing`.
     """
@@ -101,7 +101,7 @@ def read_video_processing(directory: Path, base: VideoProcessing) -> VideoProces
 
 
 def read_audio_processing(directory: Path, base: AudioProcessing) -> AudioProcessing:
-    """Reads a checkpoint's audio preprocessing.
+    """Read a checkpoint's audio preprocessing.
 
     Arguments and exceptions as in `read_image_processing`.
     """
@@ -127,7 +127,7 @@ def read_audio_processing(directory: Path, base: AudioProcessing) -> AudioProces
 
 
 def _section(directory: Path, name: str, *files: str) -> tuple[dict[str, Any], str]:
-    """Reads the fields and the file of one processor; transformers 5 nests all in one file."""
+    """Read the fields and the file of one processor; transformers 5 nests all in one file."""
     shared = directory / "processor_config.json"
     nested = read_json(shared).get(name)
     if nested is not None:
@@ -210,7 +210,7 @@ def _size_fields(fields: dict[str, Any], where: str, sizing: str) -> dict[str, A
 
 
 def _replaced(base: Any, where: str, **values: Any) -> Any:
-    """Replaces fields of a dataclass; adds the file to the message of its check."""
+    """Replace fields of a dataclass; add the file to the message of its check."""
     try:
         return dataclasses.replace(base, **values)
     except ConfigError as error:
@@ -240,7 +240,7 @@ def _expect(fields: dict[str, Any], where: str, name: str, known: Any) -> None:
 
 
 def read_family(config: Mapping[str, Any]) -> str | None:
-    """Infers the family, and thereby the prompt format, of a model.
+    """Infer the family, and thereby the prompt format, of a model.
 
     Args:
       config: fields of config.json.
@@ -257,7 +257,7 @@ def read_family(config: Mapping[str, Any]) -> str | None:
 
 
 def read_encoders(directory: Path, config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Reads the preprocessing of images, videos and recordings, and their placeholders.
+    """Read the preprocessing of images, videos and recordings, and their placeholders.
 
     Args:
       directory: checkpoint directory.
@@ -307,7 +307,7 @@ def read_encoders(directory: Path, config: Mapping[str, Any], tokenizer: Any) ->
 
 
 def read_pad_token_id(config: Mapping[str, Any], names: Mapping[str, Any], tokenizer: Any) -> int:
-    """Reads the padding token: config.json's, tokenizer_config.json's, or the end-of-text token.
+    """Read the padding token: config.json's, tokenizer_config.json's, or the end-of-text token.
 
     Args:
       config: fields of config.json.
@@ -328,13 +328,13 @@ def read_pad_token_id(config: Mapping[str, Any], names: Mapping[str, Any], token
 
 
 def sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Lists the objects of config.json that may name tokens, in order of precedence."""
+    """List the objects of config.json that may name tokens, in order of precedence."""
     text = config.get("text_config")
     return [config, text] if isinstance(text, Mapping) else [config]
 
 
 def token_text(token: Any) -> str | None:
-    """Returns the text of a special token of tokenizer_config.json, a string or an object."""
+    """Return the text of a special token of tokenizer_config.json, a string or an object."""
     text = token.get("content") if isinstance(token, Mapping) else token
     return text if isinstance(text, str) else None
 

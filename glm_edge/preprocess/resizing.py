@@ -19,7 +19,7 @@ def smart_resize(
     max_pixels: int = 28 * 28 * 15000,
     temporal_factor: int = 2,
 ) -> tuple[int, int]:
-    """Computes the size to which GLM-4.1V resizes, with nearly the same aspect ratio.
+    """Compute the size to which GLM-4.1V resizes, with nearly the same aspect ratio.
 
     Args:
       num_frames: frames of the video; a still image counts as `temporal_factor` frames.
@@ -72,7 +72,7 @@ def smart_resize(
 
 
 def fit_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Computes the largest size of the same aspect ratio that fits into a canvas.
+    """Compute the largest size of the same aspect ratio that fits into a canvas.
 
     Args:
       height: height of the image in pixels.
@@ -89,7 +89,7 @@ def fit_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def resize_uint8(image: np.ndarray, size: tuple[int, int], resample: str = "bicubic") -> np.ndarray:
-    """Resamples an 8-bit image with Pillow, in the order of passes of Pillow 13.
+    """Resample an 8-bit image with Pillow, in the order of passes of Pillow 13.
 
     The width is resampled first, unless the height loses more than twice as many pixels as the
     width. Pillow before 13 always resamples the width first. One call per pass makes the result
@@ -114,7 +114,7 @@ def resize_uint8(image: np.ndarray, size: tuple[int, int], resample: str = "bicu
 
 
 def resize_planes(image: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
-    """Resamples each channel separately with Pillow; an unchanged side needs no pass.
+    """Resample each channel separately with Pillow; an unchanged side needs no pass.
 
     Args:
       image: uint8 or float32 [height, width, channels].

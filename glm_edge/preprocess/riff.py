@@ -48,7 +48,7 @@ class WaveFormat(NamedTuple):
 
     @property
     def frame(self) -> int:
-        """Returns the bytes of a frame."""
+        """Return the bytes of a frame."""
         return self.channels * self.width
 
 
@@ -61,7 +61,7 @@ class Chunk(NamedTuple):
 
 
 def read_wav(source: str | os.PathLike | bytes | bytearray | memoryview) -> tuple[np.ndarray, int]:
-    """Reads a recording and averages its channels.
+    """Read a recording and average its channels.
 
     Args:
       source: path of the file, or its bytes.
@@ -116,7 +116,7 @@ def _read(file: BinaryFile, total: int, where: str) -> tuple[np.ndarray, int]:
 
 
 def _chunks(file: BinaryFile, total: int, where: str) -> tuple[list[Chunk], int]:
-    """Lists all chunks, and the end of the last chunk by its declared size."""
+    """List all chunks, and the end of the last chunk by its declared size."""
     chunks: list[Chunk] = []
     at = 12
     while at + 8 <= total:
@@ -191,7 +191,7 @@ def _samples(file: BinaryFile, data: Chunk, described: WaveFormat, where: str) -
 
 
 def _decoded(raw: np.ndarray, described: WaveFormat) -> np.ndarray:
-    """Decodes the bytes of complete frames to float32 samples in -1..1."""
+    """Decode the bytes of complete frames to float32 samples in -1..1."""
     if described.kind == FLOAT:
         with np.errstate(over="ignore"):
             return raw.view(f"<f{described.width}").astype(np.float32)

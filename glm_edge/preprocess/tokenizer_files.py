@@ -40,7 +40,7 @@ PROBE = "".join(map(chr, [*range(32, 127), 9, 10, 13, *range(0xA1, 0x3000, 61), 
 
 @contextlib.contextmanager
 def guarded(where: str, error: ErrorType) -> Iterator[None]:
-    """Converts exceptions of the library `tokenizers` to one type.
+    """Convert exceptions of the library `tokenizers` to one type.
 
     Args:
       where: file or task, the beginning of the message.
@@ -67,7 +67,7 @@ def _line(failure: BaseException) -> str:
 
 
 def read_tokenizer(file: str | Path) -> tokenizers.Tokenizer:
-    """Reads a tokenizer, and disables padding and truncation.
+    """Read a tokenizer, and disables padding and truncation.
 
     Args:
       file: path of a tokenizer.json.
@@ -133,7 +133,7 @@ class _Checker:
     def _tree(
         self, node: Any, name: str, children: str, check: Callable[[str, Any], float]
     ) -> float:
-        """Checks a step or a sequence of steps; returns the largest growth of a text's length."""
+        """Check a step or a sequence of steps; return the largest growth of a text's length."""
         if node is None:
             return 1.0
         kind = node.get("type") if isinstance(node, dict) else None
@@ -291,7 +291,7 @@ class _Checker:
         return max(1.0, len(content) / len(literal or "x"))
 
     def _pattern(self, node: Mapping[str, Any]) -> str | None:
-        """Checks a pattern; returns a literal's text, '' for one that matches '', or None."""
+        """Check a pattern; return a literal's text, '' for one that matches '', or None."""
         pattern = node.get("pattern")
         pattern = pattern if isinstance(pattern, dict) else {}
         kinds = list(pattern)
@@ -315,7 +315,7 @@ def _matches(source: str, character: str) -> bool:
 
 
 def _check_charsmap(text: Any) -> None:
-    """Checks the table of a SentencePiece normalizer: size and units of a trie, then texts."""
+    """Check the table of a SentencePiece normalizer: size and units of a trie, then texts."""
     try:
         table = base64.b64decode(text, validate=True) if isinstance(text, str) else None
     except (binascii.Error, ValueError):

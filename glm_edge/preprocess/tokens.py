@@ -30,7 +30,7 @@ class SpecialTokens:
     """
 
     def __init__(self, tokens: Iterable[tuple[str, int]]) -> None:
-        """Prepares the search.
+        """Prepare the search.
 
         Args:
           tokens: pairs of name and id.
@@ -42,7 +42,7 @@ class SpecialTokens:
         self._starts = re.compile(f"[{re.escape(first)}]") if first else None
 
     def find(self, text: str) -> list[tuple[int, int]]:
-        """Returns the spans of names of special tokens, the longest name at each position."""
+        """Return the spans of names of special tokens, the longest name at each position."""
         spans: list[tuple[int, int]] = []
         if self._starts is None:
             return spans
@@ -60,7 +60,7 @@ class SpecialTokens:
 
 
 def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
-    """Returns the special tokens of a `tokenizers.Tokenizer`."""
+    """Return the special tokens of a `tokenizers.Tokenizer`."""
     added = tokenizer.get_added_tokens_decoder().items()
     return _special(tuple((token.content, i) for i, token in added if token.special))
 
@@ -69,7 +69,7 @@ _special = functools.lru_cache(maxsize=16)(SpecialTokens)
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encodes text; names of special tokens become those tokens.
+    """Encode text; names of special tokens become those tokens.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
@@ -91,7 +91,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
-    """Decodes tokens to text.
+    """Decode tokens to text.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
@@ -111,7 +111,7 @@ def decode(tokenizer: Tokenizer, tokens: Sequence[int], skip_special_tokens: boo
 
 
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encodes text; names of special tokens are encoded as ordinary text.
+    """Encode text; names of special tokens are encoded as ordinary text.
 
     The function does not modify the tokenizer, so that threads can share it.
 
@@ -131,7 +131,7 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def marked_ids(tokenizer: Tokenizer, text: str, plain: str) -> list[int]:
-    """Encodes a prompt; only text of the template can become special tokens.
+    """Encode a prompt; only text of the template can become special tokens.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
@@ -163,7 +163,7 @@ def marked_ids(tokenizer: Tokenizer, text: str, plain: str) -> list[int]:
 
 
 def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """Returns a copy of a tokenizer that encodes names of special tokens as ordinary text.
+    """Return a copy of a tokenizer that encodes names of special tokens as ordinary text.
 
     The copy is cached per tokenizer, and renewed after tokens are added. Setting the flag on the
     shared tokenizer would change the results of other threads.
@@ -190,7 +190,7 @@ def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
 def prompt_ids(
     tokenizer: Tokenizer, instruction: str = "", image_tokens: int = 0, audio_tokens: int = 0
 ) -> list[int]:
-    """Formats one question: user, image, recording, text, assistant.
+    """Format one question: user, image, recording, text, assistant.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.

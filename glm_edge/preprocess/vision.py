@@ -34,7 +34,7 @@ class Video:
 
 
 def prepare_image(image: np.ndarray, processing: ImageProcessing) -> np.ndarray:
-    """Resizes and normalizes an image.
+    """Resize and normalize an image.
 
     Args:
       image: [height, width, C], floats in 0..1 or uint8.
@@ -55,7 +55,7 @@ def prepare_image(image: np.ndarray, processing: ImageProcessing) -> np.ndarray:
 
 
 def prepare_video(video: Video, processing: VideoProcessing) -> tuple[np.ndarray, np.ndarray]:
-    """Samples, resizes and normalizes the frames of a video.
+    """Sample, resize and normalize the frames of a video.
 
     Args:
       video: frames with their rate or timestamps.
@@ -94,7 +94,7 @@ def prepare_video(video: Video, processing: VideoProcessing) -> tuple[np.ndarray
 def sample_frames(
     num_frames: int, fps: float, processing: VideoProcessing, duration_s: float | None = None
 ) -> np.ndarray:
-    """Selects `processing.fps` frames per second, or fewer from a long video.
+    """Select `processing.fps` frames per second, or fewer from a long video.
 
     Args:
       num_frames: frames of the recording.
@@ -169,7 +169,7 @@ def _reshape(pixels: np.ndarray, size: tuple[int, int], processing: ImageProcess
 
 
 def _normalise(pixels: np.ndarray, processing: ImageProcessing) -> np.ndarray:
-    """Normalizes grey levels with a table of 256 float32 values per channel."""
+    """Normalize grey levels with a table of 256 float32 values per channel."""
     mean, std = (np.array(x, np.float32) for x in (processing.mean, processing.std))
     levels = (np.arange(256) * (1 / 255)).astype(np.float32)
     table = (levels[:, None] - mean) / std

@@ -76,7 +76,7 @@ def _fully_connected(weight: np.ndarray) -> bytearray:
 
 
 def _read(model: bytes, shape: tuple[int, int]) -> Stored:
-    """Reads the weights of a quantized file, and their bits including scales and zero points."""
+    """Read the weights of a quantized file, and their bits including scales and zero points."""
     from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.tools import flatbuffer_utils
 
@@ -116,7 +116,7 @@ def _read(model: bytes, shape: tuple[int, int]) -> Stored:
 
 
 def _unpack(data: np.ndarray, bits: int) -> np.ndarray:
-    """Unpacks signed integers, lowest bits of a byte first."""
+    """Unpack signed integers, lowest bits of a byte first."""
     fields = (data[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & ((1 << bits) - 1)
     return ((fields.astype(np.int16) ^ (1 << bits - 1)) - (1 << bits - 1)).reshape(-1)
 

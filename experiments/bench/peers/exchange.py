@@ -48,7 +48,7 @@ class Task:
     checkpoint: Path | None
 
     def rows(self, path: str, limit: int | None = None) -> np.ndarray:
-        """Returns at most `limit` evenly spaced calibration inputs of a weight, float32 [N, in]."""
+        """Return at most `limit` evenly spaced calibration inputs of a weight, float32 [N, in]."""
         with np.load(self._inputs()) as file:
             shared = dict(file["shared"])
             rows = file[shared.get(path, path)]
@@ -57,7 +57,7 @@ class Task:
         return rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
 
     def tokens(self) -> np.ndarray:
-        """Returns calibration windows of text, int32 [W, T]."""
+        """Return calibration windows of text, int32 [W, T]."""
         with np.load(self._inputs()) as file:
             return file["tokens"]
 
@@ -68,7 +68,7 @@ class Task:
 
 
 def write_inputs(path: Path, rows: dict[str, np.ndarray], tokens: np.ndarray) -> None:
-    """Writes calibration for peers; stores equal inputs, such as those of query and key, once.
+    """Write calibration for peers; store equal inputs, such as those of query and key, once.
 
     Args:
       path: path of the npz file.
@@ -87,7 +87,7 @@ def write_inputs(path: Path, rows: dict[str, np.ndarray], tokens: np.ndarray) ->
 
 
 def serve(quantize: Callable[[Task], dict[str, Stored]], packages: dict[str, str]) -> None:
-    """Answers requests to quantize: reads a task, times `quantize`, writes its matrices.
+    """Answer requests to quantize: read a task, time `quantize`, write its matrices.
 
     Args:
       quantize: gives every weight of the task back.
@@ -113,7 +113,7 @@ def serve(quantize: Callable[[Task], dict[str, Stored]], packages: dict[str, str
 def write(
     path: Path, stored: dict[str, Stored], weights: dict[str, np.ndarray], meta: dict[str, Any]
 ) -> None:
-    """Writes a peer's matrices and `meta` with their total bits.
+    """Write a peer's matrices and `meta` with their total bits.
 
     Raises:
       ValueError: a matrix is missing, has the wrong shape, or is not finite.
@@ -132,13 +132,13 @@ def write(
 
 
 def hugging_face_name(path: str) -> str:
-    """Returns the name of the Hugging Face GLM layer with a weight of the decoder."""
+    """Return the name of the Hugging Face GLM layer with a weight of the decoder."""
     name = path.removesuffix("/weight").removeprefix("decoder/").replace("/", ".")
     return f"model.{name.replace('.attention.', '.self_attn.')}"
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads the file of `write`: matrices by path, and `meta`."""
+    """Read the file of `write`: matrices by path, and `meta`."""
     with np.load(path) as file:
         meta = json.loads(str(file[META]))
         return {name: file[name] for name in file.files if name != META}, meta

@@ -36,7 +36,7 @@ def ours(
     where: str = DECODER,
     calibration: str = "both",
 ) -> Method:
-    """Returns a recipe of glm_edge: transforms `{"name": ..., "options": {...}}` in order.
+    """Return a recipe of glm_edge: transforms `{"name": ..., "options": {...}}` in order.
 
     Each gets `where` unless it has one; all receive calibration.
     """
@@ -49,7 +49,7 @@ def ours(
 
 
 def rtn(name: str, where: str = DECODER, **options: Any) -> Method:
-    """Returns glm_edge's round-to-nearest methods."""
+    """Return glm_edge's round-to-nearest methods."""
     return ours(f"rtn {name}", {"name": "quantize.rtn", "options": options}, where=where)
 
 
@@ -75,7 +75,7 @@ _TRAINED = ("int4-g32", "int3-g32", "int2-g32", "int2-channel", "ternary-channel
 
 
 def _calibrated() -> list[Method]:
-    """Lists glm_edge's GPTQ at every width, and other methods that are accurate at some."""
+    """List glm_edge's GPTQ at every width, and other methods that are accurate at some."""
 
     def row(
         name: str, shape: str, label: str = "", calibration: str = "both", **options: Any
@@ -94,7 +94,7 @@ def _calibrated() -> list[Method]:
 
 
 def _rotated(shape: str, *after: dict[str, Any], kind: str = "training-free") -> Method:
-    """Lists glm_edge's GPTQ after a rotation, also with training after it."""
+    """List glm_edge's GPTQ after a rotation, also with training after it."""
     transforms = [
         {"name": "quantize.rotate", "options": {}},
         {"name": "quantize.gptq", "options": {"where": DECODER, **_SHAPES[shape]}},
@@ -106,7 +106,7 @@ def _rotated(shape: str, *after: dict[str, Any], kind: str = "training-free") ->
 
 
 def _trained() -> list[Method]:
-    """Lists glm_edge's distillation from the float32 model, without labels."""
+    """List glm_edge's distillation from the float32 model, without labels."""
     rows = []
     for shape in _TRAINED:
         options = {**_SHAPES[shape], "steps": 1000, "learning_rate": 6e-4, "compute": "bfloat16"}
@@ -255,5 +255,5 @@ METHODS: tuple[Method, ...] = (
 
 
 def as_json(method: Method) -> str:
-    """Returns the options of a method as JSON."""
+    """Return the options of a method as JSON."""
     return json.dumps(method.options, sort_keys=True)

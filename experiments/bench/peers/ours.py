@@ -23,7 +23,7 @@ from glm_edge import params as boxes
 def quantize(
     checkpoint: str, calibration: str, recipe: str, where: str, text_only: bool, out: str
 ) -> dict[str, Any]:
-    """Runs a recipe and writes its model.
+    """Run a recipe and write its model.
 
     Args:
       checkpoint: directory of the model.
@@ -54,7 +54,7 @@ def quantize(
 
 
 def sizes(params, where: str) -> dict[str, int]:
-    """Counts bits and weights of the matrices whose path matches."""
+    """Count bits and weights of the matrices whose path matches."""
     chosen = {
         path: leaf
         for path, leaf in boxes.path_items(params)

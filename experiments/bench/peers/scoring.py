@@ -54,7 +54,7 @@ class Scorer:
         }
 
     def score(self, model: Any, params: Any) -> dict[str, Any]:
-        """Measures a model.
+        """Measure a model.
 
         Args:
           model: model with the reference's inputs and vocabulary.
@@ -114,7 +114,7 @@ class Scorer:
         return np.concatenate([np.asarray(greedy(model, params, batch)) for batch in batches])
 
     def _answer_scores(self, model: Any, params: Any, kind: str) -> np.ndarray:
-        """Computes log-probabilities float32 [N, A, V] along the reference's answers."""
+        """Compute log-probabilities float32 [N, A, V] along the reference's answers."""
         answers = self.answered[kind].reshape(len(self.prompts[kind]), -1, tap_eval.ANSWER_TOKENS)
         return np.concatenate(
             [
@@ -124,7 +124,7 @@ class Scorer:
         )
 
     def _counted(self, config: Any, kind: str) -> np.ndarray:
-        """Counts answer tokens up to the first stop token, without padding rows."""
+        """Count answer tokens up to the first stop token, without padding rows."""
         stops = np.isin(self.answered[kind], config.eos_token_ids)
         counted = np.cumsum(stops, axis=1) - stops == 0
         counted[len(self.questions[kind]) :] = False

@@ -25,7 +25,7 @@ Inputs = Callable[[Weights, list[str]], Weights]
 
 
 def prune(weights: Mapping[str, np.ndarray], inputs: Inputs, options: Mapping[str, Any]) -> Weights:
-    """Prunes the matrices of a decoder.
+    """Prune the matrices of a decoder.
 
     Args:
       weights: weights [out, in] by path, `.../layers/<i>/...`.
@@ -54,7 +54,7 @@ def prune(weights: Mapping[str, np.ndarray], inputs: Inputs, options: Mapping[st
 
 
 def layers(weights: Mapping[str, np.ndarray]) -> list[list[str]]:
-    """Returns the paths of each layer, in order."""
+    """Return the paths of each layer, in order."""
     numbered: dict[int, list[str]] = {}
     for path in weights:
         numbered.setdefault(int(re.search(r"layers/(\d+)/", path).group(1)), []).append(path)
@@ -64,7 +64,7 @@ def layers(weights: Mapping[str, np.ndarray]) -> list[list[str]]:
 def magnitude(
     weights: Weights, sparsity: float | None, n_m: tuple[int, int] | None, scope: str
 ) -> dict[str, np.ndarray]:
-    """Masks the smallest magnitudes; returns bool [out, in] by path."""
+    """Mask the smallest magnitudes; return bool [out, in] by path."""
     if n_m is not None:
         return {path: _of_neighbours(np.abs(weight), n_m) for path, weight in weights.items()}
     if scope == "global":
@@ -82,7 +82,7 @@ def magnitude(
 
 
 def erdos_renyi(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
-    """Computes sparsities by path that keep a fraction `c (out + in)/(out in)` of `out in` weights.
+    """Compute sparsities by path that keep a fraction `c (out + in)/(out in)` of `out in` weights.
 
     Matrices whose fraction would exceed one stay dense, and the others compensate.
     """
@@ -102,7 +102,7 @@ def erdos_renyi(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[
 def wanda(
     weight: np.ndarray, rows: np.ndarray, sparsity: float | None, n_m: tuple[int, int] | None
 ) -> np.ndarray:
-    """Masks by `|w| ||x||` per output row; returns bool [out, in]."""
+    """Mask by `|w| ||x||` per output row; return bool [out, in]."""
     score = np.abs(weight) * np.sqrt(np.square(rows).sum(axis=0))
     if n_m is not None:
         return _of_neighbours(score, n_m)
@@ -117,7 +117,7 @@ def sparsegpt(
     block: int = BLOCK,
     damping: float = DAMPING,
 ) -> np.ndarray:
-    """Prunes a weight; later columns compensate for the errors of earlier ones.
+    """Prune a weight; later columns compensate for the errors of earlier ones.
 
     Args:
       weight: weight [out, in].
@@ -157,14 +157,14 @@ def sparsegpt(
 
 
 def _largest(scores: np.ndarray, sparsity: float) -> np.ndarray:
-    """Returns True for all but the lowest fraction of scores [n]."""
+    """Return True for all but the lowest fraction of scores [n]."""
     stays = np.ones(len(scores), bool)
     stays[np.argsort(scores, kind="stable")[: round(sparsity * len(scores))]] = False
     return stays
 
 
 def _of_neighbours(scores: np.ndarray, n_m: tuple[int, int]) -> np.ndarray:
-    """Returns True for the N highest of each M neighbours of a row, [out, in]."""
+    """Return True for the N highest of each M neighbours of a row, [out, in]."""
     n, m = n_m
     groups = scores.reshape(-1, m)
     stays = np.ones(groups.shape, bool)

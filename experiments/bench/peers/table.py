@@ -34,12 +34,12 @@ TOLERANCE = 1e-6
 
 
 def titles(columns: Columns = COLUMNS) -> list[str]:
-    """Returns column titles."""
+    """Return column titles."""
     return [title for title, _ in columns.values()]
 
 
 def cells(row: Mapping[str, Any], columns: Columns = COLUMNS) -> list[str]:
-    """Returns a row as text, in the order of the columns."""
+    """Return a row as text, in the order of the columns."""
     values = {**row}
     values["peak_rss_bytes"] = row.get("peak_rss_bytes") and row["peak_rss_bytes"] / 1e9
     return [
@@ -49,7 +49,7 @@ def cells(row: Mapping[str, Any], columns: Columns = COLUMNS) -> list[str]:
 
 
 def unreached(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lists peers' rows that no row of glm_edge matches with at most as many packed bits.
+    """List peers' rows that no row of glm_edge matches with at most as many packed bits.
 
     A training-free row is compared with training-free rows, a trained one with all. Matching means
     an equal or smaller perplexity.
@@ -69,7 +69,7 @@ def unreached(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the relative increase of perplexity against bits, with one colour per peer.
+    """Draw the relative increase of perplexity against bits, with one colour per peer.
 
     Args:
       rows: results; those of the complete model and of float32 are skipped.
@@ -114,7 +114,7 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def frontier(rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Returns `(bits, increase)` of the Pareto-optimal rows."""
+    """Return `(bits, increase)` of the Pareto-optimal rows."""
     best: list[tuple[float, float]] = []
     for row in sorted(rows, key=lambda row: (row["packed_bits"], row["increase"])):
         increase = max(row["increase"], FLOOR)

@@ -55,7 +55,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines this script's flags."""
+    """Define this script's flags."""
     bench_quality.define_shared_flags()
     flags.adopt_module_key_flags(bench_quality)
     FLAGS.set_default("screens", 320)
@@ -107,7 +107,7 @@ class Bench:
         self.dense = self.scorer.score(model, params)
 
     def run(self, method: Method) -> dict[str, Any]:
-        """Runs a row and scores it."""
+        """Run a row and score it."""
         pruned, seconds = work.timed(self.worker, method, bench_quality.slug(method))
         measured = self.scorer.score(pruned.model, work.dense_of(pruned.params))
         row = {
@@ -132,7 +132,7 @@ class Bench:
 
 
 def time_shape(directory: Path) -> None:
-    """Times --speed_shape, unless a result with the same settings exists.
+    """Time --speed_shape, unless a result with the same settings exists.
 
     Raises:
       OutputError: a result with different settings exists, or LiteRT fails.
@@ -154,7 +154,7 @@ def time_shape(directory: Path) -> None:
 
 
 def conclude(directory: Path, results: Path, methods: Sequence[Method]) -> None:
-    """Writes table, report and figure of all results, in the order of the rows."""
+    """Write table, report and figure of all results, in the order of the rows."""
     results_rows = bench_quality.rows_found(results, methods)
     timed = directory / "speed.json"
     times = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else None

@@ -15,7 +15,7 @@ LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9)
 
 
 def methods(steps: int, sparse_steps: int) -> tuple[Method, ...]:
-    """Returns all rows.
+    """Return all rows.
 
     Args:
       steps: steps of distillation after a removal.
@@ -36,7 +36,7 @@ def methods(steps: int, sparse_steps: int) -> tuple[Method, ...]:
 
 
 def heal(steps: int, **options: Any) -> dict[str, Any]:
-    """Returns the distillation that heals."""
+    """Return the distillation that heals."""
     return {
         "steps": steps,
         "learning_rate": 1e-3,
@@ -49,18 +49,18 @@ def heal(steps: int, **options: Any) -> dict[str, Any]:
 
 
 def structured(**options: Any) -> dict[str, Any]:
-    """Makes a recipe that removes heads and neurons."""
+    """Make a recipe that removes heads and neurons."""
     fractions = {"heads": HEADS, "neurons": NEURONS, "neuron_multiple": 1, "max_batches": 16}
     return {"name": "prune.structured", "options": {**fractions, **options}}
 
 
 def sparse(shape: str, **options: Any) -> dict[str, Any]:
-    """Returns glm_edge's SparseGPT."""
+    """Return glm_edge's SparseGPT."""
     return {"name": "prune.sparsegpt", "options": {"shape": shape, "where": DECODER, **options}}
 
 
 def half() -> dict[str, Any]:
-    """Returns a recipe that prunes half of all weights: measured allocation, then compensation."""
+    """Return a recipe that prunes half of all weights: measured allocation, then compensation."""
     shares = {"sparsity": 0.5, "score": "wanda", "allocation": "measured", "levels": LEVELS}
     steps = [
         {"name": "prune.mask", "options": {**shares, "where": DECODER}},
@@ -83,7 +83,7 @@ def _masked() -> list[Method]:
 
 
 def _restated() -> list[Method]:
-    """Returns published algorithms in numpy, with default settings."""
+    """Return published algorithms in numpy, with default settings."""
 
     def row(name: str, algorithm: str, calibration: str = "none", **options: Any) -> Method:
         return Method(name, RESTATED, {"algorithm": algorithm, **options}, calibration=calibration)

@@ -43,7 +43,7 @@ FOOTNOTE = (
 
 
 def beside_dense(measured: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
-    """Compares with the dense model on the same windows and questions.
+    """Compare with the dense model on the same windows and questions.
 
     Args:
       measured: result of `Scorer.score` for a row.
@@ -69,7 +69,7 @@ def beside_dense(measured: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[
 
 
 def goals(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) -> list[dict]:
-    """Compares the measured values with the targets.
+    """Compare the measured values with the targets.
 
     Args:
       rows: results.
@@ -126,7 +126,7 @@ def _best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 
 def figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws the relative increase of perplexity of each row with its interval.
+    """Draw the relative increase of perplexity of each row with its interval.
 
     Args:
       rows: results except the dense model's.

@@ -17,7 +17,7 @@ MULTIPLE = 32
 
 
 def smaller(config: GLMConfig, heads: float = HEADS, neurons: float = NEURONS) -> GLMConfig:
-    """Returns the configuration of a uniform decoder after `prune.structured`."""
+    """Return the configuration of a uniform decoder after `prune.structured`."""
     decoder = config.decoder
     groups = decoder.num_kv_heads if decoder.num_kv_heads < decoder.num_heads else 1
     num_heads = groups * heads_to_keep(decoder.num_heads // groups, heads)
@@ -27,7 +27,7 @@ def smaller(config: GLMConfig, heads: float = HEADS, neurons: float = NEURONS) -
 
 
 def decoder_parameters(config: GLMConfig) -> int:
-    """Counts the parameters of the layers and the last norm."""
+    """Count the parameters of the layers and the last norm."""
     shape = config.decoder
     per_head = shape.head_dim * shape.hidden_size
     attention = 2 * per_head * (shape.num_heads + shape.num_kv_heads)
@@ -38,7 +38,7 @@ def decoder_parameters(config: GLMConfig) -> int:
 def measure(
     shape: str, work: Path, rounds: int, steps: int, context: int, slots: int, threads: int
 ) -> dict[str, Any]:
-    """Writes both files with random weights and times their decoding alternately in one run.
+    """Write both files with random weights and time their decoding alternately in one run.
 
     Args:
       shape: name of a preset, or `toy`.

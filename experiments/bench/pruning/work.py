@@ -69,7 +69,7 @@ class Worker:
         return self._training()
 
     def run(self, method: Method, slug: str) -> Pruned:
-        """Runs a row.
+        """Run a row.
 
         Args:
           method: the row.
@@ -139,7 +139,7 @@ class Worker:
 
 
 def sizes(dense: Any, pruned: Any) -> dict[str, Any]:
-    """Counts the parameters and bytes of a pruned decoder.
+    """Count the parameters and bytes of a pruned decoder.
 
     Args:
       dense: parameters of the dense model.
@@ -164,11 +164,11 @@ def sizes(dense: Any, pruned: Any) -> dict[str, Any]:
 
 
 def dense_of(params: Any) -> Any:
-    """Returns float32 parameters without boxes."""
+    """Return float32 parameters without boxes."""
     return boxes.map_with_path(lambda _, leaf: boxes.dense(leaf).astype(jnp.float32), params)
 
 
 def timed(worker: Worker, method: Method, slug: str) -> tuple[Pruned, float]:
-    """Returns a row and its seconds."""
+    """Return a row and its seconds."""
     start = time.perf_counter()
     return worker.run(method, slug), time.perf_counter() - start

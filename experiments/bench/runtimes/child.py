@@ -54,7 +54,7 @@ def spec_of(
     module: str = "litert",
     python: str | None = None,
 ) -> Spec:
-    """Returns a row of one configuration, by default glm_edge's file in LiteRT.
+    """Return a row of one configuration, by default glm_edge's file in LiteRT.
 
     Args:
       name: name of the row.
@@ -102,15 +102,15 @@ class EngineProcess(Child):
         self.spec = spec
 
     def load(self) -> dict[str, Any]:
-        """Loads the model of the spec."""
+        """Load the model of the spec."""
         return self.ask("load", task=dataclasses.asdict(self.spec.task))
 
     def prepare(self) -> dict[str, Any]:
-        """Writes the file of the spec."""
+        """Write the file of the spec."""
         return self.ask("prepare", task=dataclasses.asdict(self.spec.task))
 
     def burst(self, phase: str, count: int, steps: int = 1, pause_s: float = PAUSE_S) -> float:
-        """Runs one burst: pauses, then runs one phase.
+        """Run one burst: pauses, then run one phase.
 
         Args:
           phase: `decode` or `prefill`.
@@ -127,16 +127,16 @@ class EngineProcess(Child):
         return statistics.median(self.ask(phase, context=count, steps=steps)["seconds"])
 
     def action(self, tokens: int, steps: int) -> dict[str, float]:
-        """Times an image, a prompt of `tokens` that contains it, and `steps` decoding steps."""
+        """Time an image, a prompt of `tokens` that contains it, and `steps` decoding steps."""
         return self.ask("action", tokens=tokens, steps=steps)["seconds"]
 
     def peak_bytes(self) -> int:
-        """Returns the peak RSS of the process since loading, in bytes."""
+        """Return the peak RSS of the process since loading, in bytes."""
         return self.ask("rss")["peak_rss_bytes"]
 
 
 def prepare(spec: Spec) -> dict[str, Any]:
-    """Writes the file of an engine in a process that ends afterwards.
+    """Write the file of an engine in a process that ends afterwards.
 
     Returns:
       The engine's description of its file, with `versions`.
@@ -146,7 +146,7 @@ def prepare(spec: Spec) -> dict[str, Any]:
 
 
 def start(spec: Spec, steps: int = 2) -> tuple[EngineProcess, dict[str, Any]]:
-    """Starts an engine, loads its model and runs every phase once.
+    """Start an engine, load its model and run every phase once.
 
     If a prompt in one call crashes the process, prompts are fed token by token.
 
@@ -189,7 +189,7 @@ def _start(spec: Spec, steps: int) -> tuple[EngineProcess, dict[str, Any]]:
 
 
 def available_bytes() -> float:
-    """Returns the memory available to another process in bytes, or infinity without /proc."""
+    """Return the memory available to another process in bytes, or infinity without /proc."""
     path = Path("/proc/meminfo")
     lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
     available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
@@ -197,7 +197,7 @@ def available_bytes() -> float:
 
 
 def profile(path: str, signature: str, threads: int, runs: int) -> dict[str, Any]:
-    """Measures the time of each operator of a `.tflite` file; see `profiler`.
+    """Measure the time of each operator of a `.tflite` file; see `profiler`.
 
     Raises:
       ChildError: this release of LiteRT does not support the profiler.

@@ -42,7 +42,7 @@ class Quartiles:
 
     @staticmethod
     def of(values: Sequence[float]) -> "Quartiles":
-        """Returns the quartiles of some values."""
+        """Return the quartiles of some values."""
         low, median, high = np.quantile(np.asarray(values, np.float64), [0.25, 0.5, 0.75])
         return Quartiles(float(median), float(low), float(high))
 
@@ -51,14 +51,14 @@ class Quartiles:
 
 
 def shown(value: float | None) -> str:
-    """Formats a number with three significant digits."""
+    """Format a number with three significant digits."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def speedup(ours: Sequence[Burst], theirs: Sequence[Burst]) -> Quartiles | None:
-    """Computes ratios of two engines' times, pairing bursts of the same rounds.
+    """Compute ratios of two engines' times, pairing bursts of the same rounds.
 
     Engines that were never resident together are compared by their medians. The result is None if
     an engine has no bursts.
@@ -78,7 +78,7 @@ def speedup(ours: Sequence[Burst], theirs: Sequence[Burst]) -> Quartiles | None:
 def of_limit(
     bursts: Sequence[Burst], weight_bytes: int, bandwidth: Mapping[int, float]
 ) -> Quartiles:
-    """Computes the time of reading the weights as a fraction of a step of the same round."""
+    """Compute the time of reading the weights as a fraction of a step of the same round."""
     return Quartiles.of([weight_bytes / bandwidth[b.turn] / b.seconds for b in bursts])
 
 
@@ -89,7 +89,7 @@ def phase_rows(
     engines: Mapping[str, Mapping[str, Any]],
     bandwidth: Mapping[int, float],
 ) -> list[dict[str, Any]]:
-    """Returns one row per engine that ran a phase.
+    """Return one row per engine that ran a phase.
 
     Args:
       phase: phase, such as `decode 128` or `prefill 512`.
@@ -138,7 +138,7 @@ def goals(
     engines: Mapping[str, Mapping[str, Any]],
     bandwidth: Mapping[int, float],
 ) -> list[dict[str, Any]]:
-    """Compares the speed of glm_edge's files with the goals.
+    """Compare the speed of glm_edge's files with the goals.
 
     Returns:
       Rows with `phase`, `engine`, `beside`, `wanted`, `found` as `[low, median, high]`, `reached`.
@@ -180,7 +180,7 @@ def goals(
 
 
 def figure(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Any) -> None:
-    """Draws tokens per second of every engine, with one panel per phase.
+    """Draw tokens per second of every engine, with one panel per phase.
 
     Args:
       rows: rows of `phase_rows` by phase.

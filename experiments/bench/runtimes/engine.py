@@ -55,11 +55,11 @@ class Task:
         return self.config["decoder"]
 
     def option(self, name: str, default: Any = None) -> Any:
-        """Returns one of `options`."""
+        """Return one of `options`."""
         return (self.options or {}).get(name, default)
 
     def step(self, length: int, slot: int) -> tuple[str, int | None]:
-        """Returns `step_signature` by the option `attended_slots`."""
+        """Return `step_signature` by the option `attended_slots`."""
         return step_signature(length, slot, self.option("attended_slots", []))
 
 
@@ -67,7 +67,7 @@ class Engine:
     """One runtime; subclasses load a model."""
 
     def prepare(self, task: Task) -> dict[str, Any]:
-        """Writes the file that `load` opens.
+        """Write the file that `load` opens.
 
         Returns:
           `file_bytes`; `weight_bytes`, which one step reads; and the list `notes`.
@@ -75,24 +75,24 @@ class Engine:
         raise NotImplementedError
 
     def load(self, task: Task) -> None:
-        """Opens the file, ready to decode a token."""
+        """Open the file, ready to decode a token."""
         raise NotImplementedError
 
     def decode(self, context: int, steps: int) -> list[float]:
-        """Decodes tokens after `context` others; returns seconds from each token to its logits."""
+        """Decode tokens after `context` others; return seconds from each token to its logits."""
         raise NotImplementedError
 
     def prefill(self, length: int) -> float:
-        """Returns the seconds from a prompt to the logits of its last token."""
+        """Return the seconds from a prompt to the logits of its last token."""
         raise NotImplementedError
 
     def action(self, tokens: int, steps: int) -> dict[str, float]:
-        """Times an image, a prompt of `tokens` that contains it, and `steps` tokens."""
+        """Time an image, a prompt of `tokens` that contains it, and `steps` tokens."""
         raise NotImplementedError
 
 
 def step_signature(length: int, slot: int, attended_slots: Iterable[int]) -> tuple[str, int | None]:
-    """Returns the fastest signature of an exported file for a range of tokens.
+    """Return the fastest signature of an exported file for a range of tokens.
 
     Args:
       length: number of tokens of the call.
@@ -112,19 +112,19 @@ def step_signature(length: int, slot: int, attended_slots: Iterable[int]) -> tup
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Measures the seconds of one call."""
+    """Measure the seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def random_matrix(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """Draws a weight that preserves the scale of its inputs, float32 [rows, columns]."""
+    """Draw a weight that preserves the scale of its inputs, float32 [rows, columns]."""
     return rng.standard_normal((rows, columns), np.float32) * np.float32(columns**-0.5)
 
 
 def serve(make: Callable[[], Engine], packages: dict[str, str]) -> None:
-    """Answers requests until `quit` or the end of input.
+    """Answer requests until `quit` or the end of input.
 
     Args:
       make: function that makes the engine.
@@ -134,7 +134,7 @@ def serve(make: Callable[[], Engine], packages: dict[str, str]) -> None:
 
 
 def _functions(engine: Engine) -> dict[str, Callable[..., dict[str, Any]]]:
-    """Answers of an engine by request."""
+    """Return the answers of an engine by request."""
 
     def load(task: dict[str, Any]) -> dict[str, Any]:
         child.forget_peak()

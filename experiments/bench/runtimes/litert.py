@@ -104,7 +104,7 @@ class LiteRT(Engine):
         return self.model.get_signature_by_index(self.model.get_signature_index(name))
 
     def _buffers(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the buffers of a signature except the cache, made once."""
+        """Return the buffers of a signature except the cache, made once."""
         if name not in self.inputs:
             names = self._signature(name)
             self.inputs[name] = {
@@ -160,7 +160,7 @@ class LiteRT(Engine):
 
 
 def timed_signatures(task: Task, phase: str, steps: int) -> list[str]:
-    """Lists the signatures that run in one burst of a phase, except those that embed tokens.
+    """List the signatures that run in one burst of a phase, except those that embed tokens.
 
     Args:
       task: task with the file.
@@ -180,13 +180,13 @@ def timed_signatures(task: Task, phase: str, steps: int) -> list[str]:
 
 
 def packed_path(task: Task) -> Path | None:
-    """Returns the file in which XNNPACK stores packed weights between loads, or None."""
+    """Return the file in which XNNPACK stores packed weights between loads, or None."""
     folder = task.option("weight_cache")
     return Path(folder) / f"{Path(task.path).stem}.xnnpack" if folder else None
 
 
 def weight_bytes(path: str, config: Any) -> int:
-    """Returns the bytes of weights and scales that one decoding step reads."""
+    """Return the bytes of weights and scales that one decoding step reads."""
     import glm_edge as ge
 
     return sum(

@@ -74,7 +74,7 @@ class LlamaCpp(Engine):
         return timed(lambda: self._fill(handle, tokens))
 
     def _context(self, filled: int) -> Any:
-        """Makes a context with a cache for a number of tokens."""
+        """Make a context with a cache for a number of tokens."""
         if filled not in self.contexts:
             options = self.api.llama_context_default_params()
             options.n_ctx = self.task.slots
@@ -111,7 +111,7 @@ class LlamaCpp(Engine):
 
 
 def write_f16(path: Path, task: Task) -> None:
-    """Writes random weights of the decoder's shape."""
+    """Write random weights of the decoder's shape."""
     import gguf
 
     decoder, rng = task.decoder, np.random.default_rng(0)

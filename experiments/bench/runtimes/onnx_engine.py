@@ -119,7 +119,7 @@ class OnnxRuntime(Engine):
 
 
 def session_options(library: Any, threads: int) -> Any:
-    """Returns the options of every session."""
+    """Return the options of every session."""
     options = library.SessionOptions()
     options.intra_op_num_threads = threads
     for name, value in SETTINGS.items():
@@ -128,7 +128,7 @@ def session_options(library: Any, threads: int) -> Any:
 
 
 def optimized_operators(path: Path, threads: int) -> collections.Counter[str]:
-    """Counts the operators of onnxruntime's optimized graph of a file."""
+    """Count the operators of onnxruntime's optimized graph of a file."""
     import onnx
     import onnxruntime
 

@@ -78,7 +78,7 @@ class Profiled:
         self.profiler = self._made("LiteRtCompiledModelGetProfiler", self.compiled)
 
     def run(self) -> float:
-        """Runs once; returns the seconds."""
+        """Run once; return the seconds."""
         started = time.perf_counter()
         self._call(
             "LiteRtRunCompiledModel",
@@ -92,7 +92,7 @@ class Profiled:
         return time.perf_counter() - started
 
     def events(self, runs: int) -> tuple[list[Event], float]:
-        """Returns the events of a number of runs, and the seconds of one run."""
+        """Return the events of a number of runs, and the seconds of one run."""
         self.run()
         self._call("LiteRtStartProfiler", self.profiler)
         seconds = sorted(self.run() for _ in range(runs))[runs // 2]
@@ -134,7 +134,7 @@ class Profiled:
     def _buffers(
         self, environment: Any, signature: Any, side: str, shared: dict[str, Any]
     ) -> dict[str, Any]:
-        """Makes a zeroed buffer per input or output, or uses the shared one of that name."""
+        """Make a zeroed buffer per input or output, or use the shared one of that name."""
         count = ctypes.c_size_t()
         self._call(f"LiteRtGetNumSignature{side}s", signature, ctypes.byref(count))
         made = {}
@@ -165,7 +165,7 @@ class Profiled:
 
 
 def by_operator(events: list[Event], runs: int, seconds: float) -> dict[str, Any]:
-    """Computes microseconds per run by kind of operator and of the slowest nodes, slowest first.
+    """Compute microseconds per run by kind of operator and of the slowest nodes, slowest first.
 
     Args:
       events: events of equal runs, in order.

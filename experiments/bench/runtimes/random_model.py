@@ -20,7 +20,7 @@ JITTER = np.float32(0.1)
 
 
 def random_model(config: dict[str, Any], form: str, seed: int = 0) -> tuple[MultimodalGLM, Any]:
-    """Makes a model and random parameters, with norms near one and biases near zero.
+    """Make a model and random parameters, with norms near one and biases near zero.
 
     Args:
       config: configuration from `glm_edge.configs.to_dict`.
@@ -46,13 +46,13 @@ def random_model(config: dict[str, Any], form: str, seed: int = 0) -> tuple[Mult
 
 
 def fitting(format: Format, columns: int) -> Format:
-    """Returns the format, or per channel if the columns are not a multiple of the group size."""
+    """Return the format, or per channel if the columns are not a multiple of the group size."""
     size = format.group_size
     return format if not isinstance(size, int) or columns % size == 0 else Format(format.qtype)
 
 
 def random_box(rng: np.random.Generator, shape: tuple[int, int], format: Format) -> Quantized:
-    """Makes a weight of random bytes, valid codes of integer types, and random scales.
+    """Make a weight of random bytes, valid codes of integer types, and random scales.
 
     Products with it preserve the mean magnitude of their inputs.
     """
@@ -70,7 +70,7 @@ def random_box(rng: np.random.Generator, shape: tuple[int, int], format: Format)
 
 
 def exported(task: Task, write: Callable[..., Any], **options: Any) -> Any:
-    """Writes a random model of a task by an exporter, and returns the exporter's result.
+    """Write a random model of a task by an exporter, and return the exporter's result.
 
     Args:
       task: task with the path of the file.

@@ -61,7 +61,7 @@ class Torch(Engine):
 
 
 def make(task: Task) -> Any:
-    """Returns the model with transformers' initial weights."""
+    """Return the model with transformers' initial weights."""
     import torch
     import transformers
 
@@ -91,7 +91,7 @@ def make(task: Task) -> Any:
 
 
 def quantize(model: Any, form: str) -> None:
-    """Quantizes every linear layer with torchao's int8; the head gets a separate copy."""
+    """Quantize every linear layer with torchao's int8; the head gets a separate copy."""
     import torch
     from torchao.quantization import (
         Int8DynamicActivationInt8WeightConfig,

@@ -120,7 +120,7 @@ def _is_point(value) -> bool:
 
 
 def tap_at(x: float, y: float, width: int, height: int) -> Action:
-    """Makes a tap at the centres, 10 b + 5, of the bins that contain a point.
+    """Make a tap at the centres, 10 b + 5, of the bins that contain a point.
 
     Args:
       x: distance from the left in pixels.
@@ -136,7 +136,7 @@ def tap_at(x: float, y: float, width: int, height: int) -> Action:
 
 
 def to_pixels(point: tuple[int, int], width: int, height: int) -> tuple[int, int]:
-    """Converts a point of the grid to pixels of a screen.
+    """Convert a point of the grid to pixels of a screen.
 
     Args:
       point: (x, y), 0..999.
@@ -161,7 +161,7 @@ def _escape(character: str) -> str:
 
 
 def format_action(action: Action) -> str:
-    """Writes an action in one line.
+    """Write an action in one line.
 
     Args:
       action: the action.
@@ -193,7 +193,7 @@ class _Call(NamedTuple):
 
 
 def parse_action(text: str) -> Action:
-    """Reads an action from a model's answer.
+    """Read an action from a model's answer.
 
     The last well-formed call of `do` or `finish` is used. Text before `</think>`, `<answer>` or
     `<|begin_of_box|>` is reasoning and is ignored; so are tags, box tokens and other text around
@@ -236,7 +236,7 @@ def parse_action(text: str) -> Action:
 
 
 def _read_call(text: str, start: int) -> _Call | None:
-    """Reads the call that begins at `start`; returns None if it is truncated."""
+    """Read the call that begins at `start`; return None if it is truncated."""
     text = text[: start + _LONGEST]
     inside = text.index("(", start) + 1
     parsed = _read_fields(text, inside, {}, _MOST_FIELDS)
@@ -244,7 +244,7 @@ def _read_call(text: str, start: int) -> _Call | None:
 
 
 def _read_fields(text: str, at: int, known: dict, room: int) -> tuple[list, int] | None:
-    """Reads up to `room` fields, starting at `at`, and finds the end of the call.
+    """Read up to `room` fields, starting at `at`, and find the end of the call.
 
     `known` stores earlier results by offset, as a string may end at several quotes.
     """
@@ -265,7 +265,7 @@ def _read_value(text: str, at: int, name: str, known: dict, room: int) -> tuple[
 
 
 def _read_next(text: str, at: int, known: dict, room: int) -> tuple[list, int] | None:
-    """Matches further fields, or the end of the call, after a value."""
+    """Match further fields, or the end of the call, after a value."""
     after = _NEXT.match(text, at)
     if after is None:
         return None
@@ -275,7 +275,7 @@ def _read_next(text: str, at: int, known: dict, room: int) -> tuple[list, int] |
 
 
 def _read_string(text: str, at: int, name: str, known: dict, room: int) -> tuple[list, int] | None:
-    """Reads a string whose quote opens at `at`, and the text after it."""
+    """Read a string whose quote opens at `at`, and the text after it."""
     quote, first = text[at], None
     for close in itertools.islice(_closing_quotes(text, at), _MOST_QUOTES):
         following = _read_next(text, close + 1, known, room)
@@ -297,7 +297,7 @@ def _closing_quotes(text: str, at: int) -> Iterator[int]:
 
 
 def _unescaped(raw: str, quote: str) -> str | None:
-    """Replaces escapes as Python does; quotes and line breaks may be unescaped."""
+    """Replace escapes as Python does; quotes and line breaks may be unescaped."""
     source = re.sub(
         rf"\\.|[{quote}\n\r]",
         lambda match: {quote: f"\\{quote}", "\n": "\\n", "\r": "\\r"}.get(match[0], match[0]),

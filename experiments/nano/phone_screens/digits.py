@@ -41,7 +41,7 @@ class DigitImages:
 
 
 def from_arrays(images: np.ndarray, labels: np.ndarray) -> DigitImages:
-    """Sorts images by digit.
+    """Sort images by digit.
 
     Args:
       images: uint8 `[N, 28, 28]`.
@@ -57,7 +57,7 @@ def from_arrays(images: np.ndarray, labels: np.ndarray) -> DigitImages:
 
 
 def combine(*sources: DigitImages) -> DigitImages:
-    """Combines several sources, with all images of each.
+    """Combine several sources, with all images of each.
 
     Args:
       *sources: one or more sources.
@@ -71,7 +71,7 @@ def combine(*sources: DigitImages) -> DigitImages:
 
 
 def resampling_matrix(source: int, target: int) -> np.ndarray:
-    """Builds the matrix of one-dimensional resampling with a triangle filter.
+    """Build the matrix of one-dimensional resampling with a triangle filter.
 
     Args:
       source: number of input samples.
@@ -88,7 +88,7 @@ def resampling_matrix(source: int, target: int) -> np.ndarray:
 
 
 def sklearn_digits(split: str) -> DigitImages:
-    """Opens scikit-learn's bundled 8x8 digits, resampled to 28x28.
+    """Open scikit-learn's bundled 8x8 digits, resampled to 28x28.
 
     The order of the file is kept, so the splits have nearly disjoint writers.
 
@@ -120,7 +120,7 @@ def sklearn_digits(split: str) -> DigitImages:
 
 
 def mnist_folder(path: str | Path, split: str) -> DigitImages:
-    """Opens a folder of IDX files, the format of MNIST.
+    """Open a folder of IDX files, the format of MNIST.
 
     Args:
       path: folder with pairs of `*-images-idx3-ubyte.gz` and `*-labels-idx1-ubyte.gz`, or
@@ -201,7 +201,7 @@ def _read_idx(file: Path, magic: int, axes: int, kind: str) -> np.ndarray:
 
 
 def ink(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Crops two pixels from each side of a 28x28 digit and resizes it to an alpha mask.
+    """Crop two pixels from each side of a 28x28 digit and resize it to an alpha mask.
 
     Args:
       image: digit, uint8 `[28, 28]`.

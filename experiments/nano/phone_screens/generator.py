@@ -65,7 +65,7 @@ class Element:
         return (x0 + x1) / 2, (y0 + y1) / 2
 
     def contains(self, x: float, y: float) -> bool:
-        """Returns True if a point in pixels is inside the box."""
+        """Return True if a point in pixels is inside the box."""
         x0, y0, x1, y1 = self.box
         return x0 <= x < x1 and y0 <= y < y1
 
@@ -84,7 +84,7 @@ class Screen:
 
 
 def random_stream(split: str, seed: int) -> np.random.Generator:
-    """Opens a random stream that is disjoint from those of other splits for all seeds.
+    """Open a random stream that is disjoint from those of other splits for all seeds.
 
     Args:
       split: "train", "calibration" or "eval".
@@ -102,7 +102,7 @@ def random_stream(split: str, seed: int) -> np.random.Generator:
 
 
 def dense_labels(screen: Screen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels each cell with its element and the element's centre.
+    """Label each cell with its element and the element's centre.
 
     The element of a cell is the one with its centre in the cell, or else the one whose box contains
     the cell's centre.
@@ -151,7 +151,7 @@ class ScreenGenerator:
         self._resampling = {s: digit_images.resampling_matrix(24, s) for s in range(18, 23)}
 
     def draw(self, rng: np.random.Generator | None = None, kind: str = "mixed") -> Screen:
-        """Draws one screen.
+        """Draw one screen.
 
         Args:
           rng: random generator; default: the stream of this object.
@@ -194,7 +194,7 @@ class ScreenGenerator:
 
 
 def _choose(rng: np.random.Generator, kind: str) -> list[tuple[str, str, int, int]]:
-    """Chooses types, names and sizes (type, name, width, height), grouped by type."""
+    """Choose types, names and sizes (type, name, width, height), grouped by type."""
     if kind == "keypad":
         counts = {"key": int(rng.integers(8, 11))}
         others = [t for t in ("icon", "button", "row") if rng.random() < 0.45]
@@ -236,13 +236,13 @@ def _size(rng: np.random.Generator, kind: str) -> tuple[int, int]:
 
 
 def _spread(rng: np.random.Generator, slack: int, parts: int) -> np.ndarray:
-    """Splits a number of pixels randomly into `parts` gaps."""
+    """Split a number of pixels randomly into `parts` gaps."""
     cuts = np.sort(rng.integers(0, slack + 1, parts - 1))
     return np.diff(cuts, prepend=0, append=slack)
 
 
 def _arrange(rng, chosen, top):
-    """Places elements line by line with random gaps; returns None if the screen is too small.
+    """Place elements line by line with random gaps; return None if the screen is too small.
 
     Each occupies at least a cell's width and height, so that two centres are a cell apart in x or
     y.

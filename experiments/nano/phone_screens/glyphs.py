@@ -151,7 +151,7 @@ GLYPHS: dict[str, Predicate] = {
 
 
 def _coverage(predicate: Predicate, height: int, width: int) -> np.ndarray:
-    """Computes the area coverage `[height, width, 1]` of a predicate over pixel coordinates."""
+    """Compute the area coverage `[height, width, 1]` of a predicate over pixel coordinates."""
     n = SUPERSAMPLING
     y = ((np.arange(height * n) + 0.5) / n)[:, None]
     x = ((np.arange(width * n) + 0.5) / n)[None, :]
@@ -163,7 +163,7 @@ def _coverage(predicate: Predicate, height: int, width: int) -> np.ndarray:
 
 @functools.cache
 def glyph(name: str, size: int, angle: float = 0.0) -> np.ndarray:
-    """Draws a glyph.
+    """Draw a glyph.
 
     Args:
       name: one of `GLYPHS`.
@@ -184,7 +184,7 @@ def glyph(name: str, size: int, angle: float = 0.0) -> np.ndarray:
 
 @functools.cache
 def rounded_rectangle(height: int, width: int, radius: int) -> np.ndarray:
-    """Draws a filled rectangle with rounded corners.
+    """Draw a filled rectangle with rounded corners.
 
     Args:
       height: height in pixels.
@@ -205,7 +205,7 @@ def rounded_rectangle(height: int, width: int, radius: int) -> np.ndarray:
 
 @functools.cache
 def _text_strip(height: int) -> np.ndarray:
-    """Draws a line of pseudo-words, float32 `[height, 256, 1]`, the same in every process."""
+    """Draw a line of pseudo-words, float32 `[height, 256, 1]`, the same in every process."""
     rng = np.random.default_rng(height)
     strip = rng.uniform(0.45, 1.0, (height, 256, 1)).astype(np.float32)
     x = 0
@@ -218,7 +218,7 @@ def _text_strip(height: int) -> np.ndarray:
 
 
 def text_line(height: int, width: int, start: int) -> np.ndarray:
-    """Cuts a piece from a line of illegible words.
+    """Cut a piece from a line of illegible words.
 
     Args:
       height: height in pixels.

@@ -146,7 +146,7 @@ def _tap(element: Element) -> Action:
 
 
 def describe(rng: np.random.Generator, element: Element) -> str:
-    """Writes an instruction to tap an element.
+    """Write an instruction to tap an element.
 
     Args:
       rng: random generator of the words.
@@ -169,7 +169,7 @@ def questions(
     count: int,
     mix: Mapping[str, float] = TEXT_MIX,
 ) -> list[Question]:
-    """Draws several questions about one screen; a target repeats only after all others.
+    """Draw several questions about one screen; a target repeats only after all others.
 
     Args:
       rng: random generator.

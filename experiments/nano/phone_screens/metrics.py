@@ -47,7 +47,7 @@ class Rate:
 
 
 def judge(question: Question, text: str, width: int = WIDTH, height: int = HEIGHT) -> Outcome:
-    """Judges one generated answer.
+    """Judge one generated answer.
 
     Args:
       question: the question.
@@ -77,7 +77,7 @@ def judge(question: Question, text: str, width: int = WIDTH, height: int = HEIGH
 def score(
     answers: Iterable[tuple[Question, str]], width: int = WIDTH, height: int = HEIGHT
 ) -> dict[str, Rate | None]:
-    """Computes the benchmark's metrics.
+    """Compute the benchmark's metrics.
 
     Args:
       answers: pairs of a question and its generated text.
@@ -102,7 +102,7 @@ def score(
 
 
 def wilson(successes: int, count: int, level: float = 0.95) -> Rate:
-    """Computes Wilson's score interval of a rate.
+    """Compute Wilson's score interval of a rate.
 
     Args:
       successes: number of successes.
@@ -133,7 +133,7 @@ def bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Rate:
-    """Computes the percentile bootstrap interval of a mean, resampling complete groups.
+    """Compute the percentile bootstrap interval of a mean, resampling complete groups.
 
     Args:
       values: one value per question, `[N]`.
@@ -184,7 +184,7 @@ def paired_difference(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Rate:
-    """Compares two models on the same questions.
+    """Compare two models on the same questions.
 
     Args:
       first: results of the first model per question, `[N]`, such as 1 for a hit.

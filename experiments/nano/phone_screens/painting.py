@@ -39,7 +39,7 @@ def _any_colour(rng: np.random.Generator) -> np.ndarray:
 
 
 def _contrasting(rng: np.random.Generator, ground: np.ndarray, least: float = 0.4) -> np.ndarray:
-    """Draws a colour with enough luminance contrast to its background."""
+    """Draw a colour with enough luminance contrast to its background."""
     light = _luminance(ground)
     for _ in range(3):
         colour = _any_colour(rng)
@@ -81,7 +81,7 @@ class Canvas:
         self.image[:] = self.ground + ramp * np.float32(rng.uniform(-0.06, 0.06))
 
     def bars(self) -> int:
-        """Draws the status bar, sometimes a title bar, and the pill; returns the content's top."""
+        """Draw the status bar, sometimes a title bar, and the pill; return the content's top."""
         rng, image = self.rng, self.image
         top = int(rng.integers(7, 10))
         image[:top] *= np.float32(rng.uniform(0.75, 1.0))
@@ -105,7 +105,7 @@ class Canvas:
         return top + 1
 
     def heading(self, start: int, end: int) -> None:
-        """Draws illegible text into a gap between lines of elements."""
+        """Draw illegible text into a gap between lines of elements."""
         rng = self.rng
         if end - start < 5 or rng.random() < 0.3:
             return
@@ -116,7 +116,7 @@ class Canvas:
         _stamp(self.image, line, int(rng.integers(4, 32)), y, colour)
 
     def icon(self, name: str, box: Box, style: Style) -> None:
-        """Draws a glyph, on a tile or on the background."""
+        """Draw a glyph, on a tile or on the background."""
         rng = self.rng
         x0, y0, x1, _ = box
         side = x1 - x0
@@ -131,7 +131,7 @@ class Canvas:
         self._glyph(name, max(size, 12), x0, y0, side, _contrasting(rng, ground))
 
     def _glyph(self, name, size, x, y, room, colour):
-        """Stamps a glyph near the middle of a square."""
+        """Stamp a glyph near the middle of a square."""
         rng = self.rng
         mask = glyphs.glyph(name, size, glyphs.ANGLES[rng.integers(len(glyphs.ANGLES))])
         free = room - size
@@ -139,7 +139,7 @@ class Canvas:
         _stamp(self.image, mask, x + dx, y + dy, colour)
 
     def key(self, digit: np.ndarray, box: Box, style: Style) -> None:
-        """Draws a handwritten digit on a key."""
+        """Draw a handwritten digit on a key."""
         rng = self.rng
         x0, y0, x1, y1 = box
         width, height = x1 - x0, y1 - y0
@@ -152,7 +152,7 @@ class Canvas:
         _stamp(self.image, digit[:size, :size], x0 + dx, y0 + dy, style.key_ink)
 
     def button(self, name: str, box: Box, style: Style) -> None:
-        """Draws a coloured button with illegible text."""
+        """Draw a coloured button with illegible text."""
         rng = self.rng
         x0, y0, x1, y1 = box
         width, height = x1 - x0, y1 - y0
@@ -177,7 +177,7 @@ class Canvas:
         )
 
     def row(self, name: str, box: Box, style: Style) -> None:
-        """Draws a list row: a leading glyph and one or two lines of text."""
+        """Draw a list row: a leading glyph and one or two lines of text."""
         rng = self.rng
         x0, y0, x1, y1 = box
         width, height = x1 - x0, y1 - y0
@@ -199,7 +199,7 @@ class Canvas:
             )
 
     def finish(self) -> np.ndarray:
-        """Adds screenshot noise and returns the image."""
+        """Add screenshot noise and return the image."""
         rng = self.rng
         noise = rng.standard_normal((HEIGHT, WIDTH, 1), np.float32)
         self.image += noise * np.float32(rng.uniform(0, 0.03))

@@ -54,7 +54,7 @@ class Utterance:
 
 
 def resample(samples: np.ndarray, rate: int, target: int = SAMPLE_RATE) -> np.ndarray:
-    """Changes the sampling rate by truncating or padding the spectrum.
+    """Change the sampling rate by truncating or padding the spectrum.
 
     It differs from `glm_edge.preprocess.resample` on purpose. Nano was trained on recordings of
     this function, and published results of spoken questions are measured on them.
@@ -77,7 +77,7 @@ def resample(samples: np.ndarray, rate: int, target: int = SAMPLE_RATE) -> np.nd
 
 
 def fsdd_folder(path: str | Path) -> list[Utterance]:
-    """Opens recordings in the layout of the Free Spoken Digit Dataset packed as npz.
+    """Open recordings in the layout of the Free Spoken Digit Dataset packed as npz.
 
     Args:
       path: folder of `*.npz`, each with `samples` (all recordings concatenated, int16 PCM or float
@@ -156,7 +156,7 @@ def _read_npz(file: Path) -> list[Utterance]:
 def split_speakers(
     utterances: Sequence[Utterance], holdout: Collection[str]
 ) -> tuple[list[Utterance], list[Utterance]]:
-    """Splits recordings into two sets with disjoint speakers.
+    """Split recordings into two sets with disjoint speakers.
 
     Args:
       utterances: recordings.
@@ -181,7 +181,7 @@ def split_speakers(
 def synthesize_digits(
     seed: int, voices: Sequence[str] = VOICES["train"], repeats: int = 2
 ) -> list[Utterance]:
-    """Synthesises digits with eSpeak NG, alone and as "press seven", at varied speed and pitch.
+    """Synthesise digits with eSpeak NG, alone and as "press seven", at varied speed and pitch.
 
     eSpeak NG's output depends on everything that it synthesised before. It therefore runs in a
     separate process, so that the same arguments produce the same samples. The last results are
@@ -240,13 +240,13 @@ def _synthesize(seed: int, voices: tuple[str, ...], repeats: int) -> tuple[Utter
 
 
 def _trim(samples: np.ndarray) -> np.ndarray:
-    """Trims samples below a hundredth of the peak from both ends."""
+    """Trim samples below a hundredth of the peak from both ends."""
     loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max(initial=1e-6))
     return samples[loud[0] : loud[-1] + 1] if len(loud) else samples
 
 
 def _say(requests: Sequence[Sequence]) -> tuple[int, list[np.ndarray]]:
-    """Synthesises (voice, text, words per minute, pitch) one after the other in this process."""
+    """Synthesise (voice, text, words per minute, pitch) one after the other in this process."""
     loader = require("espeakng_loader", extra="speech")
     library = ctypes.CDLL(loader.get_library_path())
     rate = library.espeak_Initialize(_AUDIO_SYNCHRONOUS, 0, loader.get_data_path().encode(), 0)
@@ -281,7 +281,7 @@ def _say(requests: Sequence[Sequence]) -> tuple[int, list[np.ndarray]]:
 
 
 def augment(rng: np.random.Generator, samples: np.ndarray) -> np.ndarray:
-    """Augments a recording to vary speaker, room and microphone.
+    """Augment a recording to vary speaker, room and microphone.
 
     Changes speed (and pitch with it), equalization, time shift, noise and gain, in this order.
 
@@ -317,7 +317,7 @@ def augment(rng: np.random.Generator, samples: np.ndarray) -> np.ndarray:
 
 
 def _main() -> None:
-    """Synthesises requests of standard input; writes a JSON line, then int16 samples."""
+    """Synthesise requests of standard input; write a JSON line, then int16 samples."""
     rate, spoken = _say(json.load(sys.stdin))
     header = json.dumps([rate, [len(wave) for wave in spoken]]).encode()
     sys.stdout.buffer.write(header + b"\n" + b"".join(wave.tobytes() for wave in spoken))

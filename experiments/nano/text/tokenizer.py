@@ -62,7 +62,7 @@ PHRASE_WEIGHT = 250
 
 
 def instruction_phrases() -> Iterator[str]:
-    """Yields training sentences, in a fixed order, that make instruction words single tokens."""
+    """Yield training sentences, in a fixed order, that make instruction words single tokens."""
     for word in (*NAMES, *OTHER_WORDS, *VERBS):
         yield f"tap {word}"
     for word in (*NAMES, "done"):
@@ -75,7 +75,7 @@ def instruction_phrases() -> Iterator[str]:
 
 
 def build(lines: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """Trains the tokenizer; the result is deterministic.
+    """Train the tokenizer; the result is deterministic.
 
     Args:
       lines: training text.
@@ -121,13 +121,13 @@ def build(lines: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
 
 
 def to_json(tokenizer: Tokenizer) -> str:
-    """Writes a tokenizer as compact JSON that `Tokenizer.from_str` reads."""
+    """Write a tokenizer as compact JSON that `Tokenizer.from_str` reads."""
     fields = json.loads(tokenizer.to_str())
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Reads a `tokenizer.json`.
+    """Read a `tokenizer.json`.
 
     Args:
       path: path of the file.

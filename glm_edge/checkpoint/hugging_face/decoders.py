@@ -20,7 +20,7 @@ def decoder_config(
     mrope_section: tuple[int, ...] = (),
     **settled: Any,
 ) -> DecoderConfig:
-    """Reads the fields that all decoders share; widths and depth are required.
+    """Read the fields that all decoders share; widths and depth are required.
 
     Args:
       fields: fields of the decoder.
@@ -74,7 +74,7 @@ def decoder_config(
 
 
 def write_decoder(config: DecoderConfig, model_type: str) -> dict[str, Any]:
-    """Writes the fields that `decoder_config` reads.
+    """Write the fields that `decoder_config` reads.
 
     Args:
       config: configuration of the decoder.
@@ -115,7 +115,7 @@ def write_decoder(config: DecoderConfig, model_type: str) -> dict[str, Any]:
 def decoder_entries(
     config: DecoderConfig, prefix: str, head: str, fused_mlp: bool = True
 ) -> list[TensorMapping]:
-    """Lists a decoder's parameters.
+    """List a decoder's parameters.
 
     Args:
       config: configuration of the decoder.
@@ -151,7 +151,7 @@ def decoder_entries(
 
 
 def read_tokens(*sections: Fields) -> dict[str, Any]:
-    """Reads stop and padding tokens from the first section that names them.
+    """Read stop and padding tokens from the first section that names them.
 
     As in transformers, config.json itself overrides its `text_config`. generation_config.json
     overrides both, and is read with the directory.
@@ -171,7 +171,7 @@ def read_tokens(*sections: Fields) -> dict[str, Any]:
 
 
 def write_tokens(config: GLMConfig) -> dict[str, Any]:
-    """Writes the fields that `read_tokens` reads."""
+    """Write the fields that `read_tokens` reads."""
     return {"eos_token_id": list(config.eos_token_ids), "pad_token_id": config.pad_token_id}
 
 
@@ -208,7 +208,7 @@ def _text_member(model_type: str, architecture: str, sandwich_norm: bool) -> Fam
 
 
 def ignored_head(config: GLMConfig, head: str = r"lm_head\.weight") -> str:
-    """Returns a pattern for rotary buffers of old files, and for a tied model's stored head."""
+    """Return a pattern for rotary buffers of old files, and for a tied model's stored head."""
     return f"{ROTARY_BUFFERS}|{head}" if config.decoder.tie_embeddings else ROTARY_BUFFERS
 
 

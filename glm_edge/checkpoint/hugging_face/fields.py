@@ -96,7 +96,7 @@ class Fields:
     """A JSON object that records which fields were read, to detect unknown ones."""
 
     def __init__(self, values: dict[str, Any], where: str) -> None:
-        """Wraps an object.
+        """Wrap an object.
 
         Args:
           values: JSON object.
@@ -107,13 +107,13 @@ class Fields:
         self._taken: set[str] = set()
 
     def take(self, name: str, default: Any = None) -> Any:
-        """Returns a field without checks, or `default` if it is absent or null."""
+        """Return a field without checks, or `default` if it is absent or null."""
         self._taken.add(name)
         value = self.values.get(name)
         return default if value is None else value
 
     def get(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """Returns a field as a positive `int`, a positive `float` or a `bool`.
+        """Return a field as a positive `int`, a positive `float` or a `bool`.
 
         Args:
           name: name of the field.
@@ -141,7 +141,7 @@ class Fields:
         return kind(value)
 
     def divisor(self, name: str, of: str, total: int, *default: int) -> int:
-        """Returns a field that must divide another one, as heads divide a width.
+        """Return a field that must divide another one, as heads divide a width.
 
         Args:
           name: name of the field.
@@ -163,7 +163,7 @@ class Fields:
         return value
 
     def expect(self, name: str, *known: Any, default: Any = None) -> Any:
-        """Returns a field that must have one of the known values.
+        """Return a field that must have one of the known values.
 
         Args:
           name: name of the field.
@@ -185,7 +185,7 @@ class Fields:
         return value
 
     def optional_section(self, name: str) -> "Fields | None":
-        """Returns a field that holds an object, or None where it is absent or null.
+        """Return a field that holds an object, or None where it is absent or null.
 
         Raises:
           ConfigError: it holds something else.
@@ -193,7 +193,7 @@ class Fields:
         return None if self.take(name) is None else self.section(name)
 
     def section(self, name: str) -> "Fields":
-        """Returns a field that is an object.
+        """Return a field that is an object.
 
         Args:
           name: name of the field.
@@ -212,24 +212,24 @@ class Fields:
         return Fields(value, f"{self.where}: {name}")
 
     def repeats(self, section: "Fields") -> None:
-        """Marks fields as read that repeat a field of a section with the same value."""
+        """Mark fields as read that repeat a field of a section with the same value."""
         for name, value in self.values.items():
             if name in section.values and section.values[name] == value:
                 self._taken.add(name)
 
     def token_ids(self, name: str) -> tuple[int, ...]:
-        """Returns the token ids of a field with one id, a list of ids, or null."""
+        """Return the token ids of a field with one id, a list of ids, or null."""
         return token_ids(self.take(name), f"{self.where}: field {name!r}")
 
     def token_id(self, name: str) -> int | None:
-        """Returns the token id of a field with one id or null."""
+        """Return the token id of a field with one id or null."""
         ids = self.token_ids(name)
         if len(ids) > 1:
             raise ConfigError(f"{self.where}: field {name!r} is {list(ids)}; it must be one id")
         return ids[0] if ids else None
 
     def rope(self, *types: str) -> "Fields":
-        """Reads rotary fields from `rope_parameters` (5), `rope_scaling` (4) and the top level.
+        """Read rotary fields from `rope_parameters` (5), `rope_scaling` (4) and the top level.
 
         Args:
           *types: accepted values of `rope_type` in addition to `default`.
@@ -257,7 +257,7 @@ class Fields:
         return rope
 
     def finish(self) -> None:
-        """Refuses fields that were not read, unless they are off or do not change the model.
+        """Refuse fields that were not read, unless they are off or do not change the model.
 
         Raises:
           ConfigError: a field is unsupported. The message names it.

@@ -62,14 +62,14 @@ class FamilyMember:
 
 
 def same(path: str, name: str, *fields: str) -> list[TensorMapping]:
-    """Maps `path/field` to `name.field` without conversion."""
+    """Map `path/field` to `name.field` without conversion."""
     return [
         TensorMapping((f"{path}/{field}",), (f"{name}.{field}",)) for field in fields or ("weight",)
     ]
 
 
 def split(paths: tuple[str, ...], name: str) -> TensorMapping:
-    """Maps matrices (or biases) of equal height to one tensor that stacks them."""
+    """Map matrices (or biases) of equal height to one tensor that stacks them."""
     return TensorMapping(
         paths,
         (name,),
@@ -79,7 +79,7 @@ def split(paths: tuple[str, ...], name: str) -> TensorMapping:
 
 
 def join(path: str, names: tuple[str, ...]) -> TensorMapping:
-    """Maps one matrix (or bias) to several tensors that store its rows."""
+    """Map one matrix (or bias) to several tensors that store its rows."""
     return TensorMapping(
         (path,),
         names,
@@ -89,7 +89,7 @@ def join(path: str, names: tuple[str, ...]) -> TensorMapping:
 
 
 def convolution(path: str, name: str, shape: tuple[int, ...]) -> list[TensorMapping]:
-    """Maps a convolution's bias and its kernel `[out, channels, *shape]`.
+    """Map a convolution's bias and its kernel `[out, channels, *shape]`.
 
     Our parameter is a matrix `[out, *shape * channels]`, with channels last.
     """

@@ -29,7 +29,7 @@ VARIANTS = {"glm_edge_v": ("glm", "vision_config"), "glmasr_first": ("glmasr", "
 
 
 def read_config(fields: dict[str, Any], where: str, name: str) -> tuple[FamilyMember, Any]:
-    """Finds the member of a config.json and reads its configuration.
+    """Find the member of a config.json and read its configuration.
 
     Args:
       fields: fields of config.json.
@@ -65,7 +65,7 @@ def _member_name(fields: dict[str, Any], where: str) -> str:
 
 
 def write_config(config: Any) -> tuple[FamilyMember, dict[str, Any]] | None:
-    """Finds the member that can express a configuration, and converts it to fields.
+    """Find the member that can express a configuration, and convert it to fields.
 
     Args:
       config: configuration of a model.

@@ -37,7 +37,7 @@ FLOATING = ("BF16", "F16", "F32", "F64")
 def read(
     directory: Path, fields: dict[str, Any], dtype: str | None, placement: Placement
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Reads a Hugging Face directory, one entry of the member's table at a time.
+    """Read a Hugging Face directory, one entry of the member's table at a time.
 
     Args:
       directory: checkpoint directory.
@@ -81,7 +81,7 @@ class HuggingFaceSource:
     expected: Shapes
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns abstract parameters by path."""
+        """Return abstract parameters by path."""
         return {
             path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in self.expected.items()
         }
@@ -89,7 +89,7 @@ class HuggingFaceSource:
     def read(
         self, entry: TensorMapping, plan: Mapping[str, Destination], dtype: str | None
     ) -> list[tuple[str, np.ndarray]]:
-        """Reads the parameters of one entry.
+        """Read the parameters of one entry.
 
         Args:
           entry: one of `entries`.
@@ -106,7 +106,7 @@ class HuggingFaceSource:
 
 
 def open_directory(directory: Path, fields: dict[str, Any]) -> HuggingFaceSource:
-    """Checks the headers of a directory; arguments and exceptions as in `read`."""
+    """Check the headers of a directory; arguments and exceptions as in `read`."""
     name = str(fields.get("_name_or_path") or directory.resolve().name)
     member, config = read_config(fields, str(directory / CONFIG), name)
     config = with_stop_tokens(config, directory)
@@ -162,7 +162,7 @@ def _rearrange(
 
 
 def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:
-    """Opens the single safetensors file of a directory, or all files of its index.
+    """Open the single safetensors file of a directory, or all files of its index.
 
     Args:
       directory: checkpoint directory.
@@ -206,7 +206,7 @@ def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:
 
 
 def _else(directory: Path) -> str:
-    """Describes files that a directory has instead of weights."""
+    """Describe files that a directory has instead of weights."""
     shards = sorted(directory.glob("model-*-of-*.safetensors"))
     if shards:
         return f"; {len(shards)} shards such as {shards[0].name} have no index"
@@ -217,7 +217,7 @@ def _else(directory: Path) -> str:
 def _canonical_names(
     member: FamilyMember, config: Any, files: dict[str, SafetensorsFile], directory: Path
 ) -> dict[str, str]:
-    """Maps names of the member's dialect to those in the files, without ignored ones."""
+    """Map names of the member's dialect to those in the files, without ignored ones."""
     ignored = re.compile(member.ignored(config))
     stored: dict[str, str] = {}
     for name in files:
@@ -241,7 +241,7 @@ def _check_headers(
     expected: Shapes,
     directory: Path,
 ) -> None:
-    """Checks names, types and the shapes of unchanged tensors, before a tensor is read."""
+    """Check names, types and the shapes of unchanged tensors, before a tensor is read."""
     needed = {
         name: expected[entry.paths[0]] if entry.unchanged else None
         for entry in entries

@@ -78,7 +78,7 @@ def _encoder_entries(
 
 
 def _half_split(config: SpeechConfig, entry: TensorMapping) -> TensorMapping:
-    """Reorders query and key rows from adjacent rotary pairs to pairs half a head apart."""
+    """Reorder query and key rows from adjacent rotary pairs to pairs half a head apart."""
     if not re.search(r"/[qk]_proj/", entry.paths[0]):
         return entry
     pairs = np.arange(config.rotary_dim).reshape(-1, 2).T.reshape(-1)

@@ -69,7 +69,7 @@ _DISTILBERT_UNUSED = (
 def _written_by(
     fields: Fields, classes: dict[str, tuple[str | None, bool]]
 ) -> tuple[str | None, int]:
-    """Reads pooler and count of labels of the file's class, by default the first class."""
+    """Read pooler and count of labels of the file's class, by default the first class."""
     names = fields.take("architectures") or [next(iter(classes))]
     if not isinstance(names, list) or len(names) != 1 or names[0] not in classes:
         raise ConfigError(
@@ -93,7 +93,7 @@ def _num_labels(fields: Fields) -> int:
 
 
 def _class_of(config: TextConfig, classes: dict[str, tuple[str | None, bool]]) -> dict[str, Any]:
-    """Writes the fields that `_written_by` reads."""
+    """Write the fields that `_written_by` reads."""
     wanted = (config.pooler, config.num_labels > 0)
     names = [name for name, made in classes.items() if made == wanted]
     if not names:

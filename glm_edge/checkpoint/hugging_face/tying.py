@@ -14,7 +14,7 @@ HEAD, EMBEDDING = ("head/weight",), ("embed/weight",)
 def untied_if_heads_differ(
     member: FamilyMember, config: Any, stored: dict[str, str], files: dict[str, SafetensorsFile]
 ) -> Any:
-    """Unties a model whose stored head differs from its embedding, as transformers 5 does.
+    """Untie a model whose stored head differs from its embedding, as transformers 5 does.
 
     Args:
       member: member of the family.
@@ -37,7 +37,7 @@ def untied_if_heads_differ(
 
 
 def untie(config: Any) -> Any:
-    """Returns the configuration with untied embeddings, or None if they are untied already."""
+    """Return the configuration with untied embeddings, or None if they are untied already."""
     decoder = getattr(config, "decoder", None)
     if decoder is None or not decoder.tie_embeddings:
         return None

@@ -29,7 +29,7 @@ VIDEO_TOKENS = ("video_start_token_id", "video_end_token_id")
 
 
 def square_grid(fields: Fields, patch_size: int, default: int | None = None) -> tuple[int, int]:
-    """Computes the patches (rows, columns) of the square image with learned positions."""
+    """Compute the patches (rows, columns) of the square image with learned positions."""
     side = fields.get("image_size", int, *([] if default is None else [default])) // patch_size
     if not side:
         raise ConfigError(
@@ -221,7 +221,7 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> FamilyM
 
 
 def _text_section(fields: Fields) -> Fields:
-    """Returns the decoder's fields: a section, or the top level in early files of GLM-4.1V."""
+    """Return the decoder's fields: a section, or the top level in early files of GLM-4.1V."""
     alone = "hidden_size" in fields.values
     text = fields.optional_section("text_config") if alone else fields.section("text_config")
     if text is None:

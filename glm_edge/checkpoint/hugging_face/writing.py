@@ -18,7 +18,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 def fields_of(config: Any, params: Any) -> tuple[FamilyMember, dict[str, Any]] | None:
-    """Describes a model as a Hugging Face directory.
+    """Describe a model as a Hugging Face directory.
 
     Args:
       config: configuration of the model.
@@ -47,7 +47,7 @@ def write(
     described: tuple[FamilyMember, dict[str, Any]],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes weights and config.json into an empty directory, config.json last.
+    """Write weights and config.json into an empty directory, config.json last.
 
     Args:
       directory: empty directory.

@@ -25,7 +25,7 @@ GROUPS = (
 
 
 def kind_of(batch: Any, calibration: Any = None) -> str:
-    """Names the modality of a batch: `text`, `images`, `audio` or `images+audio`.
+    """Name the modality of a batch: `text`, `images`, `audio` or `images+audio`.
 
     Args:
       batch: a batch of `calibration`.
@@ -41,7 +41,7 @@ def kind_of(batch: Any, calibration: Any = None) -> str:
 
 
 def split(calibration: Any, reads: bool) -> tuple[Any, dict[str, list[Any]]]:
-    """Splits batches between the transform and the measurement.
+    """Split batches between the transform and the measurement.
 
     Args:
       calibration: all batches, or a `Calibration`.
@@ -80,7 +80,7 @@ class Divergence:
     def __init__(
         self, model: nn.Module | Called, params: Params, held_out: Mapping[str, Sequence[Batch]]
     ):
-        """Runs the uncompressed model on every batch, and stores its logits."""
+        """Run the uncompressed model on every batch, and store its logits."""
         self.kinds = tuple(held_out)
         self._model, self._cases = model, []
         dense = _dense(dict(boxes.path_items(params)))
@@ -98,7 +98,7 @@ class Divergence:
     def __call__(
         self, leaves: Mapping[str, Any], model: nn.Module | Called | None = None
     ) -> dict[str, float]:
-        """Computes the divergence in nats per token by kind of batch."""
+        """Compute the divergence in nats per token by kind of batch."""
         dense = _dense(leaves)
         sums = {kind: [0.0, 0.0] for kind in self.kinds}
         for kind, batch, weights, reference in self._cases:
@@ -109,7 +109,7 @@ class Divergence:
 
 
 def _dense(leaves: Mapping[str, Any]) -> Params:
-    """Dequantizes a tree to float32, so that one compiled program serves all formats."""
+    """Dequantize a tree to float32, so that one compiled program serves all formats."""
 
     def widen(leaf: Any) -> Array:
         leaf = leaf.replace(dtype="float32") if isinstance(leaf, Quantized) else leaf

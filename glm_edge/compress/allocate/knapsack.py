@@ -21,7 +21,7 @@ _STATES = 1 << 17
 
 
 def bytes_of(shape: tuple[int, ...], format: Format) -> int:
-    """Returns the stored bytes of a weight, including scales and zero points.
+    """Return the stored bytes of a weight, including scales and zero points.
 
     Args:
       shape: shape `[..., out, in]` of the weight.
@@ -40,7 +40,7 @@ def bytes_of(shape: tuple[int, ...], format: Format) -> int:
 def bytes_with(
     params: Params, formats: Mapping[str, Format], layouts: Mapping[str, Layout] | None = None
 ) -> int:
-    """Computes the stored bytes of a tree with some matrices in other formats.
+    """Compute the stored bytes of a tree with some matrices in other formats.
 
     Args:
       params: concrete or abstract arrays and boxes.
@@ -61,7 +61,7 @@ def bytes_with(
 def _as_rows(
     path: str, shape: tuple[int, ...], layouts: Mapping[str, Layout] | None
 ) -> tuple[int, ...]:
-    """Returns the stored shape of a matrix, `[..., out, in]`."""
+    """Return the stored shape of a matrix, `[..., out, in]`."""
     layout = by_name(path, shape) if layouts is None else layouts[path]
     if layout is None:
         raise RecipeError(
@@ -76,7 +76,7 @@ def format_everything(
     fallback: Format,
     layouts: Mapping[str, Layout] | None = None,
 ) -> dict[str, Format]:
-    """Maps every matrix to the format, or to the fallback if columns do not divide into groups."""
+    """Map every matrix to the format, or to the fallback if columns do not divide into groups."""
     formats = {}
     for path, leaf in boxes.path_items(params):
         if is_matrix(path, leaf) and not isinstance(leaf, boxes.Quantized):
@@ -116,7 +116,7 @@ class Point(NamedTuple):
 
 
 def frontier(groups: Sequence[Sequence[Option]], fixed_bytes: int = 0) -> list[Point]:
-    """Computes the Pareto front of size and loss.
+    """Compute the Pareto front of size and loss.
 
     Dynamic programming over groups; dominated states (not smaller and not better) are dropped.
 
@@ -167,7 +167,7 @@ def _thinned(states: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def best_within(points: Sequence[Point], budget_bytes: int) -> Point:
-    """Selects the point with the least loss within the budget.
+    """Select the point with the least loss within the budget.
 
     Args:
       points: points of `frontier`.
@@ -263,7 +263,7 @@ class Plan:
         return "\n".join([text[0], rule, *text[1:-4], rule, *text[-4:], rule, last])
 
     def to_json(self) -> str:
-        """Formats the plan, including its recipe, as JSON."""
+        """Format the plan, including its recipe, as JSON."""
         fields: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("budget_bytes", "predicted_bytes", "measured_bytes", "fixed_bytes")

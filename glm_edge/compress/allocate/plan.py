@@ -52,7 +52,7 @@ def plan(
     rng: Array | None = None,
     without: Sequence[str] = (),
 ) -> Plan:
-    """Finds the recipe with the least loss within a budget of bytes, and measures it.
+    """Find the recipe with the least loss within a budget of bytes, and measure it.
 
     The function compresses each group alone in each format, and measures the divergence of the
     logits from the uncompressed model on held-out batches, per kind of batch (text, images, audio).
@@ -180,7 +180,7 @@ def plan(
 
 @shared_steps()
 def group_paths(params: Params, patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Groups the matrices that are not quantized yet, in the tree's order.
+    """Group the matrices that are not quantized yet, in the tree's order.
 
     Args:
       params: tree of arrays and boxes.
@@ -228,14 +228,14 @@ class _Maker:
         self.reads = getattr(self._transform, "needs", "nothing") != "nothing"
 
     def check(self, formats: Mapping[str, Format]) -> None:
-        """Checks each format by building a transform."""
+        """Check each format by building a transform."""
         for format in set(formats.values()):
             self._of(format, None)
 
     def recipe(
         self, formats: Mapping[str, Format], paths: Any, leaves: Mapping[str, Any]
     ) -> Transform:
-        """Builds a transform that stores paths in formats."""
+        """Build a transform that stores paths in formats."""
         by_format: dict[Format, list[str]] = {}
         for path in paths:
             by_format.setdefault(formats[path], []).append(path)
@@ -253,7 +253,7 @@ class _Maker:
         assigned: Mapping[str, Mapping[str, Format]],
         leaves: Mapping[str, Any],
     ) -> Transform:
-        """Builds a transform that stores every group in its chosen format."""
+        """Build a transform that stores every group in its chosen format."""
         formats = {
             path: assigned[option.format][path]
             for group, option in chosen.items()
@@ -270,7 +270,7 @@ class _Maker:
 
 
 def pattern_of(paths: Sequence[str], leaves: Mapping[str, Any]) -> str:
-    """Builds a regular expression that matches exactly these paths among a tree's matrices."""
+    """Build a regular expression that matches exactly these paths among a tree's matrices."""
     matrices = [path for path, leaf in leaves.items() if boxes.is_matrix(path, leaf)]
     wanted, parts = set(paths), []
     remaining = list(paths)

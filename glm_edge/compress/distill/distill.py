@@ -142,7 +142,7 @@ distill = Distill
 
 
 def _widened(trainable: Params) -> tuple[str, ...]:
-    """Notes that arrays of narrower types became float32."""
+    """Note that arrays of narrower types became float32."""
     narrow = [leaf for leaf in jax.tree.leaves(trainable) if leaf.dtype.itemsize < 4]
     if not narrow:
         return ()
@@ -154,7 +154,7 @@ def _widened(trainable: Params) -> tuple[str, ...]:
 
 
 def split(params: Params, where: str | None) -> tuple[Params, Params]:
-    """Splits parameters as `glm_edge.params.partition`, freezing those that `where` does not match.
+    """Split parameters as `glm_edge.params.partition`, freezing those that `where` does not match.
 
     Args:
       params: of the student.
@@ -179,14 +179,14 @@ def split(params: Params, where: str | None) -> tuple[Params, Params]:
 
 
 def _keep(tree: Params, wanted: Callable[[str], bool]) -> Params:
-    """Replaces the arrays at other paths by None."""
+    """Replace the arrays at other paths by None."""
     return boxes.map_with_path(
         lambda path, leaf: leaf if wanted(path) else jax.tree.map(lambda _: None, leaf), tree
     )
 
 
 def row_of(transform: str, action: str, before: Params, after: Params) -> Row:
-    """Makes one row for all trained arrays, with their relative change."""
+    """Make one row for all trained arrays, with their relative change."""
     old, new = jax.tree.leaves(before), jax.tree.leaves(after)
     moved, norm = (float(part) for part in _distance(old, new))
     stored = sum(array.nbytes for array in old)
@@ -205,5 +205,5 @@ def row_of(transform: str, action: str, before: Params, after: Params) -> Row:
 
 @jax.jit
 def _distance(old: list[jax.Array], new: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Computes the norm of the difference of two lists of arrays, and of the first list."""
+    """Compute the norm of the difference of two lists of arrays, and of the first list."""
     return optax.tree.norm(optax.tree.sub(new, old)), optax.tree.norm(old)

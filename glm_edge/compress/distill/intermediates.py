@@ -44,7 +44,7 @@ class Intermediates(NamedTuple):
 def run_with_intermediates(
     model: nn.Module | Called, params: Params, batch: batches.Batch, hidden: bool, attention: bool
 ) -> tuple[Array, Intermediates]:
-    """Runs a model on a batch and returns logits with layer outputs and attention weights.
+    """Run a model on a batch and return logits with layer outputs and attention weights.
 
     Args:
       model: returns logits, or `(logits, intermediates)` whose `hidden` are the input of the first
@@ -89,7 +89,7 @@ def run_with_intermediates(
 
 
 def _in_order(sown: Params) -> tuple[Array, ...]:
-    """Lists the sown arrays, layer 10 after layer 9, with all heads on one axis."""
+    """List the sown arrays, layer 10 after layer 9, with all heads on one axis."""
 
     def natural(item: tuple[Any, Array]) -> list[Any]:
         parts = re.split(r"(\d+)", path_string(item[0]))
@@ -100,7 +100,7 @@ def _in_order(sown: Params) -> tuple[Array, ...]:
 
 
 def uniform(student: int, teacher: int) -> tuple[int, ...]:
-    """Spaces the teacher's layers evenly, the last for the student's last.
+    """Space the teacher's layers evenly, the last for the student's last.
 
     Args:
       student: number of layers.
@@ -113,7 +113,7 @@ def uniform(student: int, teacher: int) -> tuple[int, ...]:
 
 
 def pairs(student: int, teacher: int, layers: Sequence[int] | None) -> list[tuple[int, int]]:
-    """Pairs each layer of the student with one of the teacher.
+    """Pair each layer of the student with one of the teacher.
 
     Args:
       student: number of layers.
@@ -139,7 +139,7 @@ def hidden_loss(
     weights: Array,
     projection: Array | None,
 ) -> Array:
-    """Computes the squared distance of layer outputs relative to the teacher's squared norm.
+    """Compute the squared distance of layer outputs relative to the teacher's squared norm.
 
     Args:
       student: [B, T, D] of each layer.
@@ -171,7 +171,7 @@ def attention_loss(
     layers: Sequence[int] | None,
     weights: Array,
 ) -> Array:
-    """Computes `KL(teacher || student)` of attention over the keys of a query, in nats.
+    """Compute `KL(teacher || student)` of attention over the keys of a query, in nats.
 
     Args:
       student: [B, N, T, S] of each layer.
@@ -199,7 +199,7 @@ def attention_loss(
 def sizes(
     model: nn.Module | Called, params: Params, batch: batches.Batch, hidden: bool
 ) -> tuple[int, int]:
-    """Returns the size of a model's vocabulary, and the width of its layers, 0 without `hidden`."""
+    """Return the size of a model's vocabulary, and the width of its layers, 0 without `hidden`."""
     logits, intermediates = jax.eval_shape(
         lambda params, batch: run_with_intermediates(model, params, batch, hidden, False),
         params,
@@ -209,7 +209,7 @@ def sizes(
 
 
 def vocabulary(ids: Sequence[int] | None, student: int, teacher: int) -> Array | None:
-    """Checks the teacher's token per student token.
+    """Check the teacher's token per student token.
 
     Args:
       ids: from the option `vocabulary`, or None for the same vocabulary.
@@ -233,7 +233,7 @@ def vocabulary(ids: Sequence[int] | None, student: int, teacher: int) -> Array |
 
 
 def with_projection(trainable: Params, widths: tuple[int, int], rng: Array | None) -> Params:
-    """Adds a random projection [D, E] where widths D and E differ."""
+    """Add a random projection [D, E] where widths D and E differ."""
     if widths[0] == widths[1]:
         return trainable
     key = jax.random.fold_in(jax.random.key(0) if rng is None else rng, widths[1])
@@ -242,7 +242,7 @@ def with_projection(trainable: Params, widths: tuple[int, int], rng: Array | Non
 
 
 def without_projection(trainable: Params) -> tuple[Params, Array | None]:
-    """Splits into `(trainable, projection)`, the inverse of `with_projection`."""
+    """Split into `(trainable, projection)`, the inverse of `with_projection`."""
     if PROJECTION_KEY not in trainable:
         return trainable, None
     others = {name: tree for name, tree in trainable.items() if name != PROJECTION_KEY}

@@ -35,7 +35,7 @@ _LOGITS_ONLY = DistillOptions()
 
 
 def schedule(steps: int, learning_rate: float, warmup: float) -> np.ndarray:
-    """Computes the learning rate of each step: linear warm-up, then cosine decay to a tenth."""
+    """Compute the learning rate of each step: linear warm-up, then cosine decay to a tenth."""
     rising = max(1, round(warmup * steps))
     up = np.arange(1, rising + 1) / rising
     turn = np.arange(1, steps - rising + 1) / max(1, steps - rising)
@@ -54,7 +54,7 @@ def train(
     lr_scale: Params | None = None,
     options: DistillOptions = _LOGITS_ONLY,
 ) -> tuple[Params, tuple[Point, ...], tuple[str, ...]]:
-    """Trains a student on its teacher's predictions and on the labels.
+    """Train a student on its teacher's predictions and on the labels.
 
     Args:
       name: of the transform, for messages.
@@ -192,14 +192,14 @@ class _Feed:
         skip: int,
         keys: set[str],
     ):
-        """Starts after `skip` batches; adds to `keys` those of every batch."""
+        """Start after `skip` batches; add to `keys` those of every batch."""
         self.ragged = False
         self._name, self._student, self._frozen = name, student, frozen
         self._on_policy, self._rng, self._keys = options.on_policy, context.rng, keys
         self._batches = enumerate(options.data(context, skip), start=skip)
 
     def next(self, trainable: Params, alpha: float) -> tuple[batches.Batch, float]:
-        """Returns the next batch, and the weight of the teacher in its loss."""
+        """Return the next batch, and the weight of the teacher in its loss."""
         number, batch = next(self._batches)
         self._keys.update(batches.keys_of(batch))
         batch = batches.to_device(self._student, batch, f"{self._name}: calibration")
@@ -235,7 +235,7 @@ def _objective(training: TrainOptions, options: DistillOptions) -> Objective:
 
 
 def _result_options(training: TrainOptions, options: DistillOptions) -> dict[str, Any]:
-    """Lists the options that the result depends on."""
+    """List the options that the result depends on."""
     result = {**dataclasses.asdict(training), **dataclasses.asdict(options)}
     del result["state_dir"], result["save_every"]
     return result

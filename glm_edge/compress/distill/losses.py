@@ -41,7 +41,7 @@ class Losses(NamedTuple):
 def distillation_loss(
     logits: Array, targets: Array, tokens: Array, weights: Array, objective: Objective
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Computes the weighted mean of soft and hard losses over predictions.
+    """Compute the weighted mean of soft and hard losses over predictions.
 
     Args:
       logits: [B, T, V] of the student.
@@ -83,7 +83,7 @@ def called_loss(
     targets: Array,
     objective: Objective,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Computes the loss of a model with its own functions; every prediction has equal weight.
+    """Compute the loss of a model with its own functions; every prediction has equal weight.
 
     Args:
       student: with `loss` where labels have a weight.
@@ -122,7 +122,7 @@ def called_loss(
 
 
 def divergence(teacher: Array, student: Array, beta: float) -> Array:
-    """Computes the generalized Jensen-Shannon divergence of predictions.
+    """Compute the generalized Jensen-Shannon divergence of predictions.
 
     Args:
       teacher: [..., V] logarithms of probabilities P.

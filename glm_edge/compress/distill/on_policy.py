@@ -27,7 +27,7 @@ _STREAM = 0x6F6E
 
 
 def is_written(share: float, rng: Array | None, number: int) -> bool:
-    """Draws whether the student continues batch `number`, with a probability of `share`.
+    """Draw whether the student continues batch `number`, with a probability of `share`.
 
     Args:
       share: in 0..1.
@@ -47,7 +47,7 @@ def written(
     rng: Array | None,
     number: int,
 ) -> batches.Batch:
-    """Replaces the tokens after each prompt by a continuation that the student samples.
+    """Replace the tokens after each prompt by a continuation that the student samples.
 
     Args:
       model: the student, with a cache: a GLM.
@@ -93,7 +93,7 @@ def written(
 
 
 def first_written(model: Any, batch: batches.Batch, prompt: int | None) -> np.ndarray:
-    """Finds the first sampled position of each row, int32 [B]; `T` where there is none."""
+    """Find the first sampled position of each row, int32 [B]; `T` where there is none."""
     tokens = np.asarray(batch["tokens"])
     length = tokens.shape[1]
     if prompt is None:
@@ -120,7 +120,7 @@ def _write(
     prefix: int,
     temperature: float,
 ) -> tuple[Array, Array]:
-    """Samples tokens and computes weights [B, T]; compiles once per shape of batch and prefix."""
+    """Sample tokens and compute weights [B, T]; compile once per shape of batch and prefix."""
     variables = {"params": boxes.combine(transfer.without_projection(trainable)[0], frozen)}
     prompt_tokens = batch["tokens"]
     rows, length = prompt_tokens.shape

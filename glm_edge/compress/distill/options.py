@@ -87,7 +87,7 @@ class DistillOptions:
     on_policy: OnPolicy | None = None
 
     def check(self, name: str) -> None:
-        """Raises RecipeError where an option of the transform `name` has no meaning."""
+        """Raise RecipeError where an option of the transform `name` has no meaning."""
         if self.temperature <= 0.0:
             raise RecipeError(f"{name}: temperature must be positive")
         for option in ("alpha", "beta"):
@@ -101,14 +101,14 @@ class DistillOptions:
                 )
 
     def data(self, context: Context, skip: int) -> Iterator[batches.Batch]:
-        """Returns an endless iterator over batches, without the first `skip`."""
+        """Return an endless iterator over batches, without the first `skip`."""
         if self.mixture is None:
             return in_order(context.batches, context.rng, skip)
         return batches.in_proportion(context.batches, dict(self.mixture), context.rng, skip)
 
 
 def as_teacher(transform: str, teacher: Any) -> Teacher | None:
-    """Reads the option `teacher` of a transform.
+    """Read the option `teacher` of a transform.
 
     Raises:
       RecipeError: `teacher` is not a pair of a model and its parameters.
@@ -121,7 +121,7 @@ def as_teacher(transform: str, teacher: Any) -> Teacher | None:
 
 
 def whole_numbers(transform: str, option: str, values: Any) -> tuple[int, ...] | None:
-    """Reads an option that holds indices, or None.
+    """Read an option that holds indices, or None.
 
     Raises:
       RecipeError: `values` are not whole numbers, or one is negative.
@@ -135,7 +135,7 @@ def whole_numbers(transform: str, option: str, values: Any) -> tuple[int, ...] |
 
 
 def shares(transform: str, mixture: Any) -> tuple[tuple[str, float], ...] | None:
-    """Reads the option `mixture`: shares by kind, or None.
+    """Read the option `mixture`: shares by kind, or None.
 
     Raises:
       RecipeError: `mixture` does not hold shares by kind, or is empty.

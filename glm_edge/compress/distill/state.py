@@ -43,7 +43,7 @@ class StateDirectory:
     """
 
     def __init__(self, name: str, path: str | Path, job: dict[str, Any]) -> None:
-        """Makes the directory, or opens that of an equal job.
+        """Make the directory, or open that of an equal job.
 
         Args:
           name: of the transform, for messages.
@@ -74,7 +74,7 @@ class StateDirectory:
                 )
 
     def save(self, trained: Any, losses: Sequence[Sequence[float]], keys: Collection[str]) -> None:
-        """Writes the state after `len(losses)` steps in place of the earlier one.
+        """Write the state after `len(losses)` steps in place of the earlier one.
 
         Args:
           trained: tree of arrays: parameters and optimizer.
@@ -90,7 +90,7 @@ class StateDirectory:
         write_whole(self.path / STATE, lambda file: write_safetensors(file, arrays))
 
     def restore(self, trained: Any) -> tuple[Any, list[list[float]], set[str]]:
-        """Reads the state.
+        """Read the state.
 
         Args:
           trained: tree of arrays of the same shapes, for a training without a state.
@@ -122,7 +122,7 @@ class StateDirectory:
         return trained, stored.read(_LOSSES).tolist(), keys
 
     def write_curve(self, curve: Sequence[Point]) -> None:
-        """Writes `curve.csv` with unrounded values.
+        """Write `curve.csv` with unrounded values.
 
         Raises:
           OutputError: the directory cannot be written.
@@ -141,7 +141,7 @@ def job_of(
     teacher: tuple[nn.Module, Any],
     context: Context,
 ) -> dict[str, Any]:
-    """Lists everything that determines the bytes of a training, JSON-ready.
+    """List everything that determines the bytes of a training, JSON-ready.
 
     Args:
       recipe: options.
@@ -166,7 +166,7 @@ def job_of(
 
 
 def machine(any_cores: bool = False) -> dict[str, Any]:
-    """Describes the hardware and versions that the last bits of sums depend on, JSON-ready.
+    """Describe the hardware and versions that the last bits of sums depend on, JSON-ready.
 
     Args:
       any_cores: omits the number of cores.
@@ -183,7 +183,7 @@ def machine(any_cores: bool = False) -> dict[str, Any]:
 
 
 def difference(stored: dict[str, Any], job: dict[str, Any]) -> str:
-    """Describes in brackets how the machines of two jobs differ; empty where they do not."""
+    """Describe in brackets how the machines of two jobs differ; empty where they do not."""
     was, now = stored.get("machine"), job["machine"]
     if not isinstance(was, dict) or was == now:
         return ""
@@ -192,7 +192,7 @@ def difference(stored: dict[str, Any], job: dict[str, Any]) -> str:
 
 
 def _processor() -> str:
-    """Returns the name of the processor, whose instructions determine the order of sums."""
+    """Return the name of the processor, whose instructions determine the order of sums."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = (line.partition(":")[2].strip() for line in file if "model name" in line)
@@ -202,7 +202,7 @@ def _processor() -> str:
 
 
 def calibration_digest(calibration: Iterable[Any]) -> str:
-    """Computes SHA-256 of all batches, and of the code of the functions that read them."""
+    """Compute SHA-256 of all batches, and of the code of the functions that read them."""
     parts: list[Any] = [digest(batch) for batch in calibration]
     if isinstance(calibration, Calibration):
         parts += [digest(calibration.variables)]
@@ -211,7 +211,7 @@ def calibration_digest(calibration: Iterable[Any]) -> str:
 
 
 def _code(function: Any) -> str:
-    """Identifies a function by its name and its compiled code."""
+    """Identify a function by its name and its compiled code."""
     code = getattr(function, "__code__", None)
     kind = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
     if code is None:
@@ -221,7 +221,7 @@ def _code(function: Any) -> str:
 
 
 def digest(tree: Any) -> str:
-    """Computes SHA-256 of the names, types, shapes and bytes of a tree's arrays."""
+    """Compute SHA-256 of the names, types, shapes and bytes of a tree's arrays."""
     hashed = hashlib.sha256()
     tree = dict(tree) if isinstance(tree, Mapping) else tree
     for path, leaf in _named(tree).items():

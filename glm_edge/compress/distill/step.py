@@ -26,7 +26,7 @@ class Sums(NamedTuple):
 
 
 def optimizer_of(objective: Objective) -> optax.GradientTransformation:
-    """Builds gradient clipping, then AdamW at a learning rate of one."""
+    """Build gradient clipping, then AdamW at a learning rate of one."""
     return optax.chain(
         optax.clip_by_global_norm(objective.clip_norm),
         optax.adamw(1.0, b2=0.98, weight_decay=objective.weight_decay),
@@ -51,7 +51,7 @@ def train_step(
     lr_scale: Params | None = None,
     vocabulary: Array | None = None,
 ) -> tuple[Params, optax.OptState, Losses, Array]:
-    """Runs one step of the optimizer; compiles once per shape of batch.
+    """Run one step of the optimizer; compile once per shape of batch.
 
     Returns:
       `(trainable, state, losses, norm)` with the norm of the gradient. Where the loss or the norm
@@ -80,7 +80,7 @@ def add_gradient(
     batch: batches.Batch,
     vocabulary: Array | None,
 ) -> Sums:
-    """Adds the gradient and losses of a batch, times its weight, to `sums`; None starts at zero.
+    """Add the gradient and losses of a batch, times its weight, to `sums`; None starts at zero.
 
     Raises:
       RecipeError: student and teacher predict different vocabularies.
@@ -102,7 +102,7 @@ def apply_gradient(
     sums: Sums,
     lr_scale: Params | None = None,
 ) -> tuple[Params, optax.OptState, Losses, Array]:
-    """Runs one step of the optimizer on the weighted mean over several batches.
+    """Run one step of the optimizer on the weighted mean over several batches.
 
     Returns:
       As `train_step`.
@@ -121,7 +121,7 @@ def _gradient(
     batch: batches.Batch,
     vocabulary: Array | None,
 ) -> Sums:
-    """Computes gradient and losses of a batch, and the weight that they are a mean over."""
+    """Compute gradient and losses of a batch, and the weight that they are a mean over."""
     teacher_params = with_shared(teacher_params, frozen)
     wanted = (objective.hidden > 0.0, objective.attention > 0.0)
     teacher_batch = batch
@@ -189,7 +189,7 @@ def _descend(
 
 
 def without_shared(teacher_params: Params, frozen: Params) -> Params:
-    """Replaces by None the teacher's arrays that are also frozen arrays of the student.
+    """Replace by None the teacher's arrays that are also frozen arrays of the student.
 
     Both models then read one array, and the compiler runs a shared encoder once.
     """
@@ -200,7 +200,7 @@ def without_shared(teacher_params: Params, frozen: Params) -> Params:
 
 
 def with_shared(teacher_params: Params, frozen: Params) -> Params:
-    """Inverts `without_shared`."""
+    """Invert `without_shared`."""
     shared = dict(boxes.path_items(frozen))
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: shared[path_string(path)] if leaf is None else leaf,

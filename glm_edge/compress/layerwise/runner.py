@@ -63,7 +63,7 @@ class StageInputs:
         leaves: Leaves | None = None,
         paths: Iterable[str] | None = None,
     ) -> dict[str, Any]:
-        """Reduces the input rows of each weight.
+        """Reduce the input rows of each weight.
 
         Args:
           statistic: reduction such as `ROWS`, see `glm_edge.compress.layerwise.stages`.
@@ -76,7 +76,7 @@ class StageInputs:
         return self.stage.collect(self._decoded(leaves), self.states, statistic, paths)
 
     def readers(self) -> list[tuple[str, ...]]:
-        """Groups the weights that read the same rows, in the order of computation."""
+        """Group the weights that read the same rows, in the order of computation."""
         groups: dict[tuple[str, ...], None] = {}
         # Each reading traces the stage, so only one batch per distinct shape is read.
         distinct = {str(jax.tree.map(jax.typeof, state)): state for state in self.states}
@@ -85,7 +85,7 @@ class StageInputs:
         return list(groups)
 
     def batches(self, leaves: Leaves | None = None) -> list["StageInputs"]:
-        """Splits the stage into one `StageInputs` per batch, with weights dequantized once.
+        """Split the stage into one `StageInputs` per batch, with weights dequantized once.
 
         Args:
           leaves: parameters by path that replace those of the stage.
@@ -97,18 +97,18 @@ class StageInputs:
         return [StageInputs(self.stage, decoded, [state]) for state in self.states]
 
     def outputs(self, leaves: Leaves | None = None) -> list[Array]:
-        """Returns the activations after the stage, of the batches that have any."""
+        """Return the activations after the stage, of the batches that have any."""
         return [state["x"] for state in self.run(leaves) if "x" in state]
 
     def run(self, leaves: Leaves | None = None) -> list[State]:
-        """Returns the states after the stage."""
+        """Return the states after the stage."""
         return self.stage.run(self._decoded(leaves), self.states)
 
     def _all(self, leaves: Leaves | None) -> Leaves:
         return {**self.borrowed, **self.leaves, **(leaves or {})}
 
     def _decoded(self, leaves: Leaves | None) -> Leaves:
-        """Returns all parameters, dequantized once for all batches if results stay equal."""
+        """Return all parameters, dequantized once for all batches if results stay equal."""
         leaves_by_path = self._all(leaves)
         if getattr(self.stage.module, "compute", None) != "float32":
             return leaves_by_path
@@ -145,7 +145,7 @@ class StageContext(StageInputs):
 
     @property
     def uncompressed(self) -> StageInputs:
-        """Returns the same stage before any rounding.
+        """Return the same stage before any rounding.
 
         Raises:
           RecipeError: the transform does not declare needs="both".
@@ -155,15 +155,15 @@ class StageContext(StageInputs):
         return self.original
 
     def advance(self, path: str) -> None:
-        """Reports a finished parameter to the progress callback."""
+        """Report a finished parameter to the progress callback."""
         self.done(path)
 
     def columns(self, path: str) -> int:
-        """Returns the count of inputs of a matrix."""
+        """Return the count of inputs of a matrix."""
         return self.layouts[path].extent(self.leaves[path].shape)[1]
 
     def unseen(self, path: str) -> str:
-        """Returns the reason why calibration cannot record the inputs of a weight."""
+        """Return the reason why calibration cannot record the inputs of a weight."""
         if self._reasons is None:
             self._reasons = self.stage.unseen(self._all(None), self.states)
         return self._reasons.get(path, UNWATCHED)
@@ -183,7 +183,7 @@ class LayerwiseTransform(Transform):
     needs: ClassVar[str] = "nothing"
 
     def compress_stage(self, stage: StageContext) -> Replaced:
-        """Compresses the selected parameters of one stage.
+        """Compress the selected parameters of one stage.
 
         Args:
           stage: stage with its parameters and inputs.
@@ -194,7 +194,7 @@ class LayerwiseTransform(Transform):
         raise NotImplementedError(f"{type(self).__name__} has no compress_stage")
 
     def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Checks options against the selected parameters, before any computation.
+        """Check options against the selected parameters, before any computation.
 
         Args:
           sizes: `(out, in)` of each parameter by path.
@@ -204,14 +204,14 @@ class LayerwiseTransform(Transform):
         """
 
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
-        """Compresses a model in memory, stage by stage."""
+        """Compress a model in memory, stage by stage."""
         return apply_layerwise(self, model, params, context)
 
 
 def apply_layerwise(
     transform: LayerwiseTransform, model: nn.Module, params: Params, context: Context
 ) -> Result:
-    """Applies a layer-wise transform in memory.
+    """Apply a layer-wise transform in memory.
 
     Args:
       transform: the transform.
@@ -242,7 +242,7 @@ def apply_layerwise(
 
 
 def fallback_notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Builds notes that count the matrices with a fallback, by reason.
+    """Build notes that count the matrices with a fallback, by reason.
 
     Args:
       rows: rows of the report. Actions of fallbacks end with `to nearest: reason`, `by magnitude:
@@ -293,7 +293,7 @@ def layouts_in(
     calibration: Sequence[batches.Batch] | None,
     stacked: str | None,
 ) -> Layouts:
-    """Infers the layout of each parameter, see `glm_edge.compress.readings.layouts_of`.
+    """Infer the layout of each parameter, see `glm_edge.compress.readings.layouts_of`.
 
     Args:
       name: name of the transform for messages.
@@ -320,7 +320,7 @@ def layouts_in(
 
 
 def _compared_with(leaves: Leaves, context: Context) -> Leaves:
-    """Returns the reference, or the current model if earlier transforms changed shapes."""
+    """Return the reference, or the current model if earlier transforms changed shapes."""
     reference = dict(boxes.path_items((context.reference or context.original)[1]))
     before, now = ({p: tuple(x.shape) for p, x in tree.items()} for tree in (reference, leaves))
     return reference if before == now else dict(leaves)
@@ -344,7 +344,7 @@ class BoundTransform:
         model: nn.Module | None = None,
         calibration: Sequence[batches.Batch] | None = None,
     ) -> None:
-        """Selects the parameters of the transform, and adds them to `rounded`.
+        """Select the parameters of the transform, and add them to `rounded`.
 
         Args:
           leaves: concrete or abstract parameters of the model by path.
@@ -389,7 +389,7 @@ class LayerwiseRunner:
     """
 
     def __init__(self, model: nn.Module, steps: Sequence[BoundTransform], context: Context) -> None:
-        """Checks calibration if a transform needs it.
+        """Check calibration if a transform needs it.
 
         Raises:
           DataError: calibration is missing, empty or malformed, or lacks a modality.
@@ -415,7 +415,7 @@ class LayerwiseRunner:
     def compress(
         self, stage: Stage, leaves: Leaves, original: Leaves | None = None
     ) -> tuple[Leaves, list[Row]]:
-        """Applies every transform to one stage, and runs the batches through the result.
+        """Apply every transform to one stage, and run the batches through the result.
 
         Args:
           stage: the next stage of `stages`.
@@ -442,7 +442,7 @@ class LayerwiseRunner:
         return leaves, rows
 
     def skip(self, stage: Stage, leaves: Leaves, after: Leaves) -> None:
-        """Skips a stage that an earlier run finished.
+        """Skip a stage that an earlier run finished.
 
         Args:
           stage: the next stage of `stages`.
@@ -460,7 +460,7 @@ class LayerwiseRunner:
         self._advance_to(stage)
 
     def carry(self, stage: Stage, leaves: Leaves, original: Leaves) -> None:
-        """Runs the batches through a finished stage."""
+        """Run the batches through a finished stage."""
         self._lent |= {p: leaf for p, leaf in leaves.items() if self._is_borrowed(p)}
         self._lent_original |= {p: leaf for p, leaf in original.items() if self._is_borrowed(p)}
         if stage is self.stages[-1]:
@@ -507,7 +507,7 @@ class LayerwiseRunner:
         self.context.advance(f"{name}: {path}", self._done, self._total)
 
     def _advance_to(self, stage: Stage) -> None:
-        """Advances the progress past parameters that transforms did not report."""
+        """Advance the progress past parameters that transforms did not report."""
         passed = self.stages[: self.stages.index(stage) + 1]
         due = sum(
             any(s.holds(path) for s in passed) for step in self.steps for path in step.selected

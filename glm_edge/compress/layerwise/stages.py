@@ -51,7 +51,7 @@ class Statistic(NamedTuple):
 
 
 def count_valid(rows: Array, valid: Array | None) -> Array:
-    """Counts the rows that are not padding, as float32."""
+    """Count the rows that are not padding, as float32."""
     return jnp.float32(rows.shape[0]) if valid is None else jnp.sum(valid, dtype=jnp.float32)
 
 
@@ -111,12 +111,12 @@ def _all_rows(state: State) -> Array | None:
 
 
 def _rows_of_tokens(state: State) -> Array | None:
-    """Marks the rows [B * T] of tokens that are not padding."""
+    """Mark the rows [B * T] of tokens that are not padding."""
     return state["valid"].reshape(-1) if "valid" in state else None
 
 
 def _rows_of_sound(state: State) -> Array | None:
-    """Marks the rows [N * M] of speech features that the decoder reads."""
+    """Mark the rows [N * M] of speech features that the decoder reads."""
     return state["sounding"].reshape(-1) if "sounding" in state else None
 
 
@@ -151,11 +151,11 @@ class Stage:
         return self.counted is _rows_of_tokens
 
     def holds(self, path: str) -> bool:
-        """Tests for a parameter of this stage."""
+        """Test for a parameter of this stage."""
         return any(path.startswith(prefix) for prefix in self.owns)
 
     def run(self, leaves: Leaves, states: Iterable[State]) -> list[State]:
-        """Runs every batch with the entry `reads`; other batches pass unchanged.
+        """Run every batch with the entry `reads`; other batches pass unchanged.
 
         Args:
           leaves: parameters by full path, including borrowed ones.
@@ -177,7 +177,7 @@ class Stage:
         statistic: Statistic,
         paths: Iterable[str] | None = None,
     ) -> dict[str, Any]:
-        """Reduces the input rows of each weight over all batches.
+        """Reduce the input rows of each weight over all batches.
 
         Args:
           leaves: parameters by full path, including borrowed ones.
@@ -211,7 +211,7 @@ class Stage:
         return total
 
     def watch(self, leaves: Leaves, state: State, note: Callable[[Reading], None]) -> None:
-        """Runs one batch abstractly, and passes the reading of each layer to a function.
+        """Run one batch abstractly, and pass the reading of each layer to a function.
 
         Args:
           leaves: parameters by full path, including borrowed ones.
@@ -228,7 +228,7 @@ class Stage:
             jax.eval_shape(run, self._params(leaves), state)
 
     def readers(self, leaves: Leaves, state: State) -> list[tuple[str, ...]]:
-        """Groups the weights that read the same rows, in the order of computation.
+        """Group the weights that read the same rows, in the order of computation.
 
         Args:
           leaves: parameters by full path, including borrowed ones.
@@ -249,7 +249,7 @@ class Stage:
         return [tuple(dict.fromkeys(paths)) for _, paths in groups.values()]
 
     def unseen(self, leaves: Leaves, states: Iterable[State]) -> dict[str, str]:
-        """Returns the reason by path of each weight whose inputs cannot be recorded."""
+        """Return the reason by path of each weight whose inputs cannot be recorded."""
         reasons: dict[str, str] = {}
         watched_paths: set[str] = set()
 
@@ -273,7 +273,7 @@ class Stage:
 
 
 def advance(module: nn.Module, forward: Callable[..., State], params: Any, state: State) -> State:
-    """Runs the module of a stage, or the function of its `Calibration`."""
+    """Run the module of a stage, or the function of its `Calibration`."""
     if isinstance(forward, Through):
         return forward(params, state)
     result: Any = module.apply({"params": params}, state, method=forward)
@@ -329,7 +329,7 @@ def _run(
 
 
 def stages(model: nn.Module | Called) -> tuple[Stage, ...]:
-    """Splits a model into stages, in the order of computation.
+    """Split a model into stages, in the order of computation.
 
     Args:
       model: Linen module, or a `Called`.
@@ -374,7 +374,7 @@ def stages(model: nn.Module | Called) -> tuple[Stage, ...]:
 
 
 def _first_alike(part: Any, index: int) -> int:
-    """Returns the first layer of equal widths, so that both share a compiled program."""
+    """Return the first layer of equal widths, so that both share a compiled program."""
     widths = [(part.heads(i), part.kv_heads(i), part.neurons(i)) for i in range(index + 1)]
     return widths.index(widths[index])
 
@@ -402,7 +402,7 @@ def _encoder(
 
 
 def _images(images: Any, config: Any) -> list[Array]:
-    """Lists the images by size: one array for an array, or one per size of a list."""
+    """List the images by size: one array for an array, or one per size of a list."""
     if isinstance(images, list | tuple):
         return image_groups(images, config)[0]
     return [images.reshape(-1, *images.shape[-3:])]
@@ -511,7 +511,7 @@ def _whole_model(model: nn.Module, state: State) -> State:
 
 
 def first_states(model: nn.Module | Called, calibration: Iterable[Any]) -> list[State]:
-    """Builds the states before the first stage.
+    """Build the states before the first stage.
 
     Args:
       model: model that reads the batches, or a `Called`.

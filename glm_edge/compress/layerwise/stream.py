@@ -50,7 +50,7 @@ def compress_checkpoint(
     extras: Mapping[str, str | os.PathLike] | None = None,
     compute: str = "float32",
 ) -> Report:
-    """Compresses a checkpoint directory to another directory, with one layer in memory at a time.
+    """Compress a checkpoint directory to another directory, with one layer in memory at a time.
 
     For each layer, the function reads parameters, applies every transform of the recipe, writes the
     result as one file, and runs the calibration batches through it. A later layer is therefore
@@ -146,14 +146,14 @@ class Totals:
         self.bytes, self.count = 0, 0
 
     def add(self, leaves: Leaves) -> None:
-        """Adds the parameters of a stage."""
+        """Add the parameters of a stage."""
         tree = nested(leaves)
         self.bytes += boxes.stored_bytes(tree)
         self.count += boxes.count(tree)
 
 
 def is_streamable(recipe: Transform) -> bool:
-    """Tests for a recipe whose transforms all compress one stage at a time."""
+    """Test for a recipe whose transforms all compress one stage at a time."""
     return all(isinstance(step, LayerwiseTransform) for step in recipe.steps_in_order)
 
 
@@ -178,7 +178,7 @@ _BY_ROW, _BY_COLUMN = ("quantize.rtn", "quantize.hqq"), ("quantize.gptq", "prune
 
 
 def fixed_order(recipe: Transform) -> bool:
-    """Tests for a recipe whose float32 results have the same bytes on any count of cores."""
+    """Test for a recipe whose float32 results have the same bytes on any count of cores."""
 
     def fixed(step: Transform) -> bool:
         format = getattr(step, "format", None)
@@ -203,7 +203,7 @@ def _job(
     without: Sequence[str],
     compute: str,
 ) -> dict[str, Any]:
-    """Lists all arguments and conditions that determine the bytes of the result."""
+    """List all arguments and conditions that determine the bytes of the result."""
     return {
         "source": opened.fingerprint(),
         "recipe": json.loads(to_json(recipe)),
@@ -231,7 +231,7 @@ def _check_job(partial: Path, output: Path, job: dict[str, Any]) -> None:
 
 
 def _write_stage(partial: Path, file: str, leaves: Leaves, rows: list[Row]) -> dict[str, Any]:
-    """Writes the result of a stage; the file of arrays is written last and marks it as finished."""
+    """Write the result of a stage; the file of arrays is written last and marks it as finished."""
     arrays, spec = boxes.to_flat(nested(leaves))
     notes = {"spec": spec, "rows": [asdict(row) for row in rows]}
     write_whole(partial / f"{file}.json", lambda path: write_json(path, notes))

@@ -85,7 +85,7 @@ channels = Channels
 
 
 def _channels_to_keep(block: Params, fraction: float, multiple: int) -> np.ndarray:
-    """Indices of the hidden channels that stay, ascending."""
+    """Return the indices of the hidden channels that stay, ascending."""
     read = np.asarray(boxes.dense(block["project"]["conv"]["kernel"]), np.float64)[0, 0]
     matter = np.abs(np.asarray(block["depthwise"]["norm"]["scale"])) * np.linalg.norm(read, axis=1)
     count = len(matter) - rounded_up(len(matter), fraction)

@@ -129,7 +129,7 @@ def unmasked(model: nn.Module, params: Params) -> Unmasked:
 def _thinned(
     model: nn.Module, kind: str, leaves: Mapping[str, Any]
 ) -> list[tuple[Pool, np.ndarray]]:
-    """Pools of which some units are masked, with marks of the others, bool [g, u]."""
+    """Return the pools of which some units are masked, with marks of the others, bool [g, u]."""
     sizes = extents(leaves)
     pools = unit_pools(NAME, model, Shape(kind), sizes, list(leaves))
     masked_pools = [(pool, units_left(pool, leaves)) for pool in pools]
@@ -141,7 +141,7 @@ def _thinned(
 
 
 def _any_of(pool: Pool, kind: str, remaining: np.ndarray) -> np.ndarray:
-    """Indices of the units that remain, checked to form arrays."""
+    """Return the indices of the units that remain, checked to form arrays."""
     counts = remaining.sum(axis=1).tolist()
     if not any(counts):
         raise RecipeError(

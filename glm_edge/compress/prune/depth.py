@@ -103,7 +103,7 @@ class Depth(Transform):
         return smaller, shrunk, report
 
     def _scored(self, model: nn.Module, params: Params, total: int, context: Context) -> np.ndarray:
-        """Marks of the layers that remain, bool [layers]."""
+        """Return the marks of the layers that remain, bool [layers]."""
         calibration = self._calibration(model, context)
         if self.score == "loss":
             return self._by_loss(model, params, total, calibration, context)
@@ -125,7 +125,7 @@ class Depth(Transform):
         calibration: Sequence[batches.Batch],
         context: Context,
     ) -> np.ndarray:
-        """Greedy choice, since the loss without a layer depends on those that went before."""
+        """Choose greedily, since the loss without a layer depends on earlier removals."""
         if not isinstance(model.config, GLMConfig):
             raise RecipeError(
                 f"{NAME}: score='loss' needs the next-token loss of a GLM, which "
@@ -146,7 +146,7 @@ class Depth(Transform):
         return keep
 
     def _calibration(self, model: nn.Module, context: Context) -> list[batches.Batch]:
-        """Batches that the part reads."""
+        """Return the batches that the part reads."""
         calibration = evenly_spaced(context.calibration, self.max_batches)
         if not calibration:
             raise DataError(f"{NAME}: a score needs calibration= batches, and there are none")

@@ -364,18 +364,18 @@ def iterative(
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """Path of the parameter of an array, in a box or bare."""
+    """Return the path of the parameter of an array, in a box or bare."""
     return path_string(path).removesuffix("/.value")
 
 
 def _by_name(params: Params) -> dict[str, Array]:
-    """Arrays by the path of their parameter."""
+    """Return arrays by the path of their parameter."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     return {_name(path): leaf for path, leaf in flat}
 
 
 def _selected(name: str, params: Params, where: str | None) -> dict[str, Array]:
-    """Trainable matrices by path, in boxes or bare."""
+    """Return the trainable matrices by path, in boxes or bare."""
     leaves = _by_name(params)
     matrices = {path: leaf for path, leaf in leaves.items() if boxes.is_matrix(path, leaf)}
     selected = {path: leaf for path, leaf in matrices.items() if compiled(where).search(path)}
@@ -385,7 +385,7 @@ def _selected(name: str, params: Params, where: str | None) -> dict[str, Array]:
 
 
 def _any_undone(masks: Params, params: Params) -> Array:
-    """True where a masked weight is not zero."""
+    """Return True where a masked weight is not zero."""
     weights = _by_name(params)
     undone = [
         jnp.any(jnp.where(keep, 0, weights[path]) != 0) for path, keep in _by_name(masks).items()

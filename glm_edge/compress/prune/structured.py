@@ -135,7 +135,7 @@ class Structured(Transform):
         return smaller, shrunk, report
 
     def _calibration(self, model: nn.Module, context: Context, parts: Sequence[str]) -> list[Any]:
-        """Batches to score on, of which some hold the input of each part."""
+        """Return the batches to score on, of which some hold the input of each part."""
         if not isinstance(model.config, GLMConfig):
             raise RecipeError(
                 f"{self.name}: score='taylor' needs the next-token loss of a GLM, which "
@@ -170,7 +170,7 @@ class Structured(Transform):
         return [_without_keys(pool).reduced(matrices, Score("norm").order) for pool in pools]
 
     def _marked(self, kind: str, pool: Pool, scores: np.ndarray) -> np.ndarray:
-        """Marks of the units that remain, bool [g, u]."""
+        """Return the marks of the units that remain, bool [g, u]."""
         if kind == HEAD:
             count = heads_to_keep(pool.units, self.heads, self.name)
         else:
@@ -213,7 +213,7 @@ def neurons_to_keep(width: int, fraction: float, multiple: int, transform: str =
 
 
 def _without_keys(pool: Pool) -> Pool:
-    """The pool for norms: keys and values of a decoder's heads go with them, but do not count."""
+    """Return the pool for norms; keys and values of a decoder's heads do not count in it."""
     if stack_and_layer(pool)[0] != DECODER:
         return pool
     parts = [

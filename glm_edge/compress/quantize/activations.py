@@ -157,7 +157,7 @@ class _ActivationRange:
         self.counts = self.counts + np.asarray(ranges.histogram(values, *ends, valid), np.int64)
 
     def grid(self, method: str, percentile: float, symmetric: bool) -> tuple[dict[str, Array], str]:
-        """Computes the scale and zero point as fields of the box, and a note."""
+        """Compute the scale and zero point as fields of the box, and a note."""
         low, high = ranges.widened(self.low, self.high, symmetric)
         ends = ranges.choose_range(self.counts, low, high, method, percentile, symmetric)
         scale, zero = ranges.int8_grid(*ends, symmetric)

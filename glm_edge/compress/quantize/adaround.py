@@ -132,7 +132,7 @@ adaround = AdaRound
 
 
 def moments(work: StageContext, path: str, replaced: dict[str, Any]) -> tuple[Array, Array] | None:
-    """Computes the means of `x x^T` and `x0 x^T` over the input rows of a weight.
+    """Compute the means of `x x^T` and `x0 x^T` over the input rows of a weight.
 
     Args:
       work: context of the stage.
@@ -167,7 +167,7 @@ def _products(now: Array, before: Array) -> tuple[Array, Array]:
 
 @jax.jit
 def layer_of(weight: Array, original: Array, gram: Array, cross: Array) -> Layer:
-    """Builds the statistics of a layer that should reproduce the original layer's outputs.
+    """Build the statistics of a layer that should reproduce the original layer's outputs.
 
     Args:
       weight: `W`, float32 [O, I].

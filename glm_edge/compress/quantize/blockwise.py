@@ -125,7 +125,7 @@ def _train(
     training: TrainOptions,
     mix: float,
 ) -> tuple[Leaves, tuple[float, float]]:
-    """Trains one block; returns trained arrays, and mean errors of the first and last steps."""
+    """Train one block; return trained arrays, and mean errors of the first and last steps."""
     stage = work.stage
     module = stage.module
     if training.compute is not None and hasattr(module, "compute"):
@@ -180,7 +180,7 @@ def _train(
 
 
 def _within(stage: Stage, leaves: Leaves) -> Leaves:
-    """Renames leaves to paths within the stage, so that equal layers share a compiled program."""
+    """Rename leaves to paths within the stage, so that equal layers share a compiled program."""
     return {_inner(stage, path): leaf for path, leaf in leaves.items()}
 
 
@@ -189,7 +189,7 @@ def _inner(stage: Stage, path: str) -> str:
 
 
 def _pairs(work: StageContext) -> list[tuple[State, State, Any]]:
-    """Lists (inputs of the quantized model, inputs and output of the original) per batch."""
+    """List (inputs of the quantized model, inputs and output of the original) per batch."""
     key, originals = _output_key(work.stage), work.uncompressed
     name = "x" if key == "logits" else key
     return [
@@ -200,7 +200,7 @@ def _pairs(work: StageContext) -> list[tuple[State, State, Any]]:
 
 
 def _output_key(stage: Stage) -> str:
-    """Returns the state entry of a stage's output: activations, logits, or encoder features."""
+    """Return the state entry of a stage's output: activations, logits, or encoder features."""
     root, _, last = stage.name.rpartition("/")
     if last in ("head", "model"):
         return "logits"
@@ -230,7 +230,7 @@ def block_step(
     inputs: State,
     target: Any,
 ) -> tuple[Leaves, optax.OptState, Array]:
-    """Updates the trainable arrays of a block by one optimizer step on one batch.
+    """Update the trainable arrays of a block by one optimizer step on one batch.
 
     Args:
       module: module of the block.
@@ -263,7 +263,7 @@ def block_step(
 
 
 def block_error(outputs: Any, target: Any, logits: bool, valid: Array | None = None) -> Array:
-    """Computes the KL divergence of logits, or the squared error relative to the target's power.
+    """Compute the KL divergence of logits, or the squared error relative to the target's power.
 
     Args:
       outputs: [..., D] activations or logits, or a list of such for images of several sizes.

@@ -128,7 +128,7 @@ distill_scales = DistillScales
 
 
 def _only(tree: Params, paths: set[str]) -> Params:
-    """Replaces the arrays at all other paths by None."""
+    """Replace the arrays at all other paths by None."""
     return boxes.map_with_path(
         lambda path, leaf: leaf if path in paths else jax.tree.map(lambda _: None, leaf), tree
     )

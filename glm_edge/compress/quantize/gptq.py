@@ -145,7 +145,7 @@ def matrices(
     replaced: Leaves,
     solver: SolverOptions,
 ) -> Iterator[LinearInputs]:
-    """Iterates over the selected matrices of a stage, in the order of computation.
+    """Iterate over the selected matrices of a stage, in the order of computation.
 
     Args:
       name: name of the transform for messages.
@@ -189,7 +189,7 @@ def _row(work: StageContext, path: str, box: Any, note: str, output_error: float
 def _measured(
     work: StageContext, replaced: Leaves, paths: tuple[str, ...], paired: bool
 ) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
-    """Computes Gram matrices `X^T X`, and drifts `(X0 - X)^T X` from original inputs `X0`."""
+    """Compute Gram matrices `X^T X`, and drifts `(X0 - X)^T X` from original inputs `X0`."""
     compute = getattr(work.model, "compute", "float32")
     original = work.original if paired else None
     paired = original is not None
@@ -232,7 +232,7 @@ def _products(rows: Array, original: Array | None = None, *, compute: str) -> tu
 
 
 def _corrected(weight: Array, gram: Array, drift: Array, propagate: float, damping: float) -> Array:
-    """Returns the weight that reproduces the original outputs on the current inputs."""
+    """Return the weight that reproduces the original outputs on the current inputs."""
     factor, _, _ = damped_factor(gram, damping)
     drift = normalized(drift, jnp.max(jnp.abs(gram)))
     return _shifted(weight, factor, drift, propagate)

@@ -34,7 +34,7 @@ class QuantizeConfig:
     fallback_bits: int | None = None
 
     def check(self, transform: str) -> None:
-        """Checks the options; raises RecipeError for an invalid one."""
+        """Check the options; raise RecipeError for an invalid one."""
         if self.scale not in SCALES:
             raise RecipeError(
                 f"{transform}: scale must be one of {', '.join(SCALES)}, not {self.scale!r}"
@@ -50,7 +50,7 @@ class QuantizeConfig:
             check_bits(transform, "fallback_bits", self.fallback_bits)
 
     def format_of(self, path: str, columns: int) -> Format:
-        """Returns the format of one parameter, or the fallback.
+        """Return the format of one parameter, or the fallback.
 
         Args:
           path: path of the parameter for messages.
@@ -74,7 +74,7 @@ class QuantizeConfig:
         return self.format
 
     def check_groups(self, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Refuses matrices whose columns do not divide into groups.
+        """Refuse matrices whose columns do not divide into groups.
 
         Args:
           sizes: `(out, in)` of each matrix by path.
@@ -129,7 +129,7 @@ class SolverOptions(Options):
 
 
 def check_passes(name: str, **passes: int) -> None:
-    """Checks that every option is a count of passes, zero allowed; raises RecipeError otherwise."""
+    """Check that every option is a count of passes, zero allowed; raise RecipeError otherwise."""
     for option, count in passes.items():
         if not 0 <= count <= MOST_SWEEPS:
             raise RecipeError(
@@ -138,14 +138,14 @@ def check_passes(name: str, **passes: int) -> None:
 
 
 def check_bits(transform: str, option: str, bits: Any) -> None:
-    """Checks that an option is the width of an integer format; raises RecipeError otherwise."""
+    """Check that an option is the width of an integer format; raise RecipeError otherwise."""
     if not isinstance(bits, int) or bits not in _WIDTHS:
         known = f"{', '.join(map(str, _WIDTHS[:-1]))} or {_WIDTHS[-1]}"
         raise RecipeError(f"{transform}: {option} must be {known}, not {bits!r:.60}")
 
 
 def parse_format(transform: str, format: Any) -> Format:
-    """Reads the option `format` of a transform.
+    """Read the option `format` of a transform.
 
     Args:
       transform: name of the transform for messages.
@@ -212,5 +212,5 @@ class Quantizer(WeightTransform, LayerwiseTransform):
     """A transform that quantizes weights stage by stage."""
 
     def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Refuses matrices whose columns do not divide into groups."""
+        """Refuse matrices whose columns do not divide into groups."""
         self.config.check_groups(sizes)

@@ -25,12 +25,12 @@ BAND = 1 << 24
 
 
 def as_rows(leaf: Any, layout: Layout) -> Array:
-    """Returns the dense weight of an array or box as `[..., out, in]`."""
+    """Return the dense weight of an array or box as `[..., out, in]`."""
     return layout.rows(boxes.dense(leaf))
 
 
 def dense_rows(path: str, leaf: Any, layout: Layout) -> Array:
-    """Returns the dense weight as float32 `[..., out, in]`, after checking that it is finite.
+    """Return the dense weight as float32 `[..., out, in]`, after checking that it is finite.
 
     Args:
       path: path of the parameter for messages.
@@ -51,13 +51,13 @@ def dense_rows(path: str, leaf: Any, layout: Layout) -> Array:
 
 @functools.partial(jax.jit, static_argnames="layout")
 def _float32_rows(leaf: Any, layout: Layout) -> tuple[Array, Array]:
-    """Returns the dense weight as float32 `[..., out, in]`, and True if it is finite."""
+    """Return the dense weight as float32 `[..., out, in]`, and True if it is finite."""
     weight = as_rows(leaf, layout).astype(jnp.float32)
     return weight, jnp.isfinite(weight).all()
 
 
 def each_matrix(solve: Callable[[Array], Any], rows: Array) -> Any:
-    """Calls a solver with each matrix of a stack `[..., out, in]`, and stacks the results."""
+    """Call a solver with each matrix of a stack `[..., out, in]`, and stack the results."""
     if rows.ndim == 2:
         return solve(rows)
     solved = [solve(matrix) for matrix in rows.reshape(-1, *rows.shape[-2:])]
@@ -74,7 +74,7 @@ def quantize_leaf(
     layout: Layout | None = None,
     stock: bool = False,
 ) -> tuple[Weight, float]:
-    """Rounds one parameter to the nearest levels.
+    """Round one parameter to the nearest levels.
 
     Args:
       path: path of the parameter for messages.
@@ -152,13 +152,13 @@ def _peak(matrix: Array) -> Array:
 def _boxed(
     codes: Array, grid: Grid, band: Array, peak: Array, format: Format, dtype: str
 ) -> tuple[Quantized, tuple[Array, Array]]:
-    """Boxes codes, and computes the squares of their error, see `_squares`."""
+    """Box codes, and compute the squares of their error, see `_squares`."""
     box = boxes.quantized(codes, *grid, format, dtype=dtype)
     return box, _squares(box.unbox(), band, peak)
 
 
 def _squares(after: Array, before: Array, peak: Array) -> tuple[Array, Array]:
-    """Computes squared error and squared norm per row, in units in which `peak` is near one."""
+    """Compute squared error and squared norm per row, in units in which `peak` is near one."""
     before = before.astype(jnp.float32)
     lost = grids.normalized(after.astype(jnp.float32) - before, peak)
     power = jnp.square(grids.normalized(before, peak))
@@ -173,7 +173,7 @@ def box_of(
     format: Format,
     layout: Layout,
 ) -> Quantized:
-    """Boxes the codes of a parameter.
+    """Box the codes of a parameter.
 
     Args:
       path: path of the parameter.
@@ -205,19 +205,19 @@ def _check_mask(path: str, leaf: Any, box: Quantized) -> None:
 
 
 def leaf_dtype(leaf: Weight) -> np.dtype:
-    """Returns the type of the dense weight of an array or box."""
+    """Return the type of the dense weight of an array or box."""
     if isinstance(leaf, Masked):
         return leaf_dtype(leaf.value)
     return jnp.dtype(leaf.dtype)
 
 
 def is_stock(path: str) -> bool:
-    """Tests for a parameter of a stock layer; those of `glm_edge.models` are named `weight`."""
+    """Test for a parameter of a stock layer; those of `glm_edge.models` are named `weight`."""
     return path.rsplit("/", 1)[-1] in ("kernel", "embedding")
 
 
 def relative_error(before: Any, after: Any) -> float:
-    """Computes `|after - before| / |before|` of two parameters of equal shape."""
+    """Compute `|after - before| / |before|` of two parameters of equal shape."""
     old, new = (np.asarray(boxes.dense(leaf)).reshape(-1) for leaf in (before, after))
     lost = power = 0.0
     # float64 represents the squares of all float32 values. numpy sums in an order without threads.
@@ -236,7 +236,7 @@ def row(
     note: str = "",
     output_error: float | None = None,
 ) -> Row:
-    """Builds the report's row of a quantized parameter.
+    """Build the report's row of a quantized parameter.
 
     Args:
       transform: name of the transform.
@@ -275,7 +275,7 @@ def row(
 
 
 def _underflow(before: Any, after: Any) -> str:
-    """Describes scales and weights that underflow in their stored type; empty without any."""
+    """Describe scales and weights that underflow in their stored type; empty without any."""
     notes = []
     if isinstance(after, Quantized):
         smallest = kernels.smallest_scale(after.format.scale_dtype)
@@ -297,7 +297,7 @@ def _underflow(before: Any, after: Any) -> str:
 
 
 def _zeroed_rows(before: Any, after: Quantized) -> int:
-    """Counts the rows that became zero, in bands as in `quantize_leaf`."""
+    """Count the rows that became zero, in bands as in `quantize_leaf`."""
     dense = _rows_like(after, boxes.dense(before))
     bare = after.replace(kernel_shape=(), kernel_axes=())
     if dense.ndim != 2 or dense.size <= BAND:
@@ -313,7 +313,7 @@ def _zeroed_rows(before: Any, after: Quantized) -> int:
 
 
 def _rows_like(box: Quantized, dense: Array) -> Array:
-    """Arranges a dense weight as `[..., out, in]`, in the order of a box's rows and columns."""
+    """Arrange a dense weight as `[..., out, in]`, in the order of a box's rows and columns."""
     if not box.kernel_shape:
         return dense
     stack = dense.ndim - len(box.kernel_shape)
@@ -325,5 +325,5 @@ def _rows_like(box: Quantized, dense: Array) -> Array:
 
 @jax.jit
 def _zeroed(before: Array, after: Any) -> Array:
-    """Counts rows, along the last axis, that became zero."""
+    """Count rows, along the last axis, that became zero."""
     return jnp.sum(jnp.any(before != 0, axis=-1) & ~jnp.any(boxes.dense(after) != 0, axis=-1))

@@ -156,7 +156,7 @@ qat = QAT
 
 
 def fake(path: str, leaf: Any, rounding: QuantizeConfig, layout: Layout = AS_ROWS) -> Any:
-    """Boxes a parameter for quantization-aware training.
+    """Box a parameter for quantization-aware training.
 
     Args:
       path: path of the parameter.
@@ -185,7 +185,7 @@ def fake(path: str, leaf: Any, rounding: QuantizeConfig, layout: Layout = AS_ROW
 def split(
     student: Params, wanted: Callable[[str, Any], bool], learned_scale: bool
 ) -> tuple[Params, Params]:
-    """Splits a tree as `glm_edge.params.partition`, with selected leaves in the first tree only.
+    """Split a tree as `glm_edge.params.partition`, with selected leaves in the first tree only.
 
     Args:
       student: parameters, some of them `FakeQuantized`.
@@ -219,7 +219,7 @@ def split(
 
 
 def _trains(selected: Collection[str], pattern: str | None) -> Callable[[str, Any], bool]:
-    """Tests for a match of the pattern, or a rounded weight with its norms and biases."""
+    """Test for a match of the pattern, or a rounded weight with its norms and biases."""
     if pattern is not None:
         return lambda path, leaf: compiled(pattern).search(path)
     roots = {path.split("/", 1)[0] for path in selected}
@@ -235,7 +235,7 @@ def _without_scale(leaf: Any) -> Any:
 
 
 def lr_scale_of(trainable: Params, scale_rate: float) -> Params:
-    """Computes factors of the learning rate: `scale_rate` times the value for scales, else one."""
+    """Compute factors of the learning rate: `scale_rate` times the value for scales, else one."""
 
     def lr_scale(path: tuple[Any, ...], array: Any) -> Any:
         field = getattr(path[-1], "name", None)
@@ -245,7 +245,7 @@ def lr_scale_of(trainable: Params, scale_rate: float) -> Params:
 
 
 def finalize(path: str, leaf: Any, before: Any, layout: Layout = AS_ROWS) -> Quantized:
-    """Converts a trained box to a packed box with the same dense weight.
+    """Convert a trained box to a packed box with the same dense weight.
 
     Args:
       path: path of the parameter.

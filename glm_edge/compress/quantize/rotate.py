@@ -185,7 +185,7 @@ def _rotate_values(
 
 
 def _by_bands(leaf: Array, rotation: Rotation, norm: Array | None = None) -> Array:
-    """Multiplies rows by the norm's weight and the rotation in float32, in bands of rows."""
+    """Multiply rows by the norm's weight and the rotation in float32, in bands of rows."""
     rows = leaf.reshape(-1, leaf.shape[-1])
     band = max(1, BAND // rows.shape[1])
     parts = [_turned(rows[i : i + band], rotation, norm) for i in range(0, len(rows), band)]

@@ -121,7 +121,7 @@ smoothquant = SmoothQuant
 def _reasons(
     work: StageContext, kinds: tuple[str, ...] | None, eased: Collection[str]
 ) -> dict[str, str]:
-    """Returns the reason per selected matrix without a factor, unless `kinds` excludes it."""
+    """Return the reason per selected matrix without a factor, unless `kinds` excludes it."""
     folds = folding.folds(getattr(work.model, "config", None))
     by_consumer = {path: fold for fold in folds for path in fold.consumers}
     reasons: dict[str, str] = {}
@@ -141,7 +141,7 @@ def _reasons(
 
 
 def selected_folds(name: str, work: StageContext) -> list[Fold]:
-    """Lists the folds of a stage whose consumers are all selected.
+    """List the folds of a stage whose consumers are all selected.
 
     Args:
       name: name of the transform for messages.
@@ -175,7 +175,7 @@ def _factor(fold: Fold, leaves: Leaves, largest: Array, alpha: float) -> Array:
 
 @jax.jit
 def smooth_factor(activations: Array, weights: Array, alpha: float) -> Array:
-    """Computes `activations ** alpha / weights ** (1 - alpha)`, or one if either is zero.
+    """Compute `activations ** alpha / weights ** (1 - alpha)`, or one if either is zero.
 
     Args:
       activations: [channels] largest magnitude per channel.

@@ -44,7 +44,7 @@ class ExportedDirectory:
 
 
 def write_description(directory: Path, description: dict[str, Any]) -> None:
-    """Writes the description of a directory atomically.
+    """Write the description of a directory atomically.
 
     Args:
       directory: path of the directory.
@@ -58,7 +58,7 @@ def write_description(directory: Path, description: dict[str, Any]) -> None:
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:
-    """Reads the description of an exported directory of graphs.
+    """Read the description of an exported directory of graphs.
 
     Args:
       directory: path of the directory.
@@ -77,7 +77,7 @@ def read_description(directory: str | Path) -> dict[str, Any]:
 
 
 def check_tree(directory: Path) -> None:
-    """Rejects a directory that contains anything except regular files and directories.
+    """Reject a directory that contains anything except regular files and directories.
 
     Args:
       directory: directory that a third-party library will open without these checks.
@@ -98,7 +98,7 @@ def check_tree(directory: Path) -> None:
 
 
 def directory_bytes(path: Path) -> int:
-    """Sums the bytes of all files of a directory.
+    """Sum the bytes of all files of a directory.
 
     Args:
       path: path of the directory.
@@ -110,7 +110,7 @@ def directory_bytes(path: Path) -> int:
 
 
 def map_weights(directory: Path) -> np.ndarray:
-    """Maps the file of weights of a directory into memory, without reading it.
+    """Map the file of weights of a directory into memory, without reading it.
 
     Args:
       directory: path of the directory.

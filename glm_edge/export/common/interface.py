@@ -43,7 +43,7 @@ class Tensor:
         return 0 if -1 in self.shape else math.prod(self.shape)
 
     def fits(self, array: Any) -> bool:
-        """Returns True if an array, or a struct of shape and dtype, matches this tensor.
+        """Return True if an array, or a struct of shape and dtype, match this tensor.
 
         Args:
           array: array, or struct of shape and dtype.
@@ -69,7 +69,7 @@ def expected_tensors(
     prefill_logits: bool,
     attended_slots: Iterable[int] = (),
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Lists the inputs and outputs of an exported model's signatures; see `signatures`.
+    """List the inputs and outputs of an exported model's signatures; see `signatures`.
 
     Args:
       config: configuration of the model.

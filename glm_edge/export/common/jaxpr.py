@@ -25,7 +25,7 @@ Replace = Callable[[JaxprEqn, list[Array]], list[Array] | None]
 
 
 def rewrite(function: Callable[..., Any], replace: Replace) -> Callable[..., Any]:
-    """Replaces some operations of a function.
+    """Replace some operations of a function.
 
     Args:
       function: traceable function; its arguments and results are trees of arrays.
@@ -67,7 +67,7 @@ def _evaluate(
 
 
 def aval(variable: Any) -> ShapedArray:
-    """Returns the shape and type of a variable, which jax declares as any abstract value."""
+    """Return the shape and type of a variable, which jax declares as any abstract value."""
     return variable.aval
 
 
@@ -77,7 +77,7 @@ def _bind(equation: JaxprEqn, inputs: list[Array]) -> list[Array]:
 
 
 def expand_erf(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Rewrites `erf` and `erfc` in a function as arithmetic, accurate to 1e-6.
+    """Rewrite `erf` and `erfc` in a function as arithmetic, accurate to 1e-6.
 
     TFLite has no operator for them. Some versions of jax and TensorFlow expand them during
     conversion, others raise; arithmetic converts with every version.
@@ -98,7 +98,7 @@ def _expand_erf(equation: JaxprEqn, inputs: list[Array]) -> list[Array] | None:
 
 
 def erfc(x: Array) -> Array:
-    """Computes erfc: `1 - x P(x^2)` near zero, `exp(-x^2) t Q(t)` elsewhere."""
+    """Compute erfc: `1 - x P(x^2)` near zero, `exp(-x^2) t Q(t)` elsewhere."""
     near_zero, far_out = _erfc_coefficients()
     square = x * x
     t = 1.0 / (1.0 + 0.5 * jnp.abs(x))
@@ -117,7 +117,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
 
 @functools.cache
 def _erfc_coefficients() -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Least-squares fits at Chebyshev nodes of `|x| <= 1` and of `0 <= x <= 10`."""
+    """Return the least-squares fits at Chebyshev nodes of `|x| <= 1` and of `0 <= x <= 10`."""
     nodes = np.cos(np.pi * (np.arange(200) + 0.5) / 200)
     square = (1.0 + nodes) / 2.0
     near_zero = np.array([math.erf(math.sqrt(u)) / math.sqrt(u) for u in square])
@@ -133,7 +133,7 @@ def _fit(x: np.ndarray, y: np.ndarray, degree: int) -> tuple[float, ...]:
 
 
 def limit_rank(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Rewrites a function so that every array has at most five axes, the limit of Core ML.
+    """Rewrite a function so that every array has at most five axes, the limit of Core ML.
 
     Arrays with more axes lose their axes of extent one.
 

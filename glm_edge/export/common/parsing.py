@@ -24,7 +24,7 @@ class EntryCounter:
         self._count = 0
 
     def __call__(self, length: int) -> range:
-        """Counts the entries of one list and returns its indices.
+        """Count the entries of one list and return its indices.
 
         Raises:
           ValueError: the lists together have more than `MAX_ENTRIES` entries.

@@ -12,7 +12,7 @@ from glm_edge.process_wide import shared
 @shared
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppresses what native libraries print to standard error."""
+    """Suppress what native libraries print to standard error."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as sink:
         terminal = os.dup(2)

@@ -52,7 +52,7 @@ def signatures(
     prefill_logits: bool = False,
     attended_slots: Iterable[int] = (),
 ) -> list[Signature]:
-    """Lists the functions that an exported model offers.
+    """List the functions that an exported model offers.
 
     `embed` and `embed_<T>` map `tokens` [1, T] to `embeddings` [1, T, D]. `vision` maps `images`
     [1, height, width, channels], and `speech` maps `audio` [1, frames, bins], to `features`
@@ -92,7 +92,7 @@ def signatures(
 
 
 def step_name(length: int, attended: int | None = None) -> str:
-    """Names the signature for `length` tokens that attends to `attended` slots, None for all.
+    """Name the signature for `length` tokens that attends to `attended` slots, None for all.
 
     Args:
       length: number of tokens.
@@ -106,7 +106,7 @@ def step_name(length: int, attended: int | None = None) -> str:
 
 
 def attended_by(length: int, attended_slots: Iterable[int]) -> list[int]:
-    """Lists, in ascending order, the slot counts that have a signature for `length` tokens.
+    """List, in ascending order, the slot counts that have a signature for `length` tokens.
 
     Args:
       length: number of tokens.
@@ -214,7 +214,7 @@ class ExportSpec:
         return tuple(signature.name for signature in self.signatures)
 
     def read_bytes(self, sizes: Mapping[str, int]) -> list[int]:
-        """Sums the bytes of the parameters that each signature may read.
+        """Sum the bytes of the parameters that each signature may read.
 
         Args:
           sizes: stored bytes by parameter path.
@@ -228,7 +228,7 @@ class ExportSpec:
         ]
 
     def description(self, parameters: Any, conversions: Iterable[Conversion]) -> dict[str, Any]:
-        """Describes the file as JSON values, not yet verified.
+        """Describe the file as JSON values, not yet verified.
 
         Args:
           parameters: JSON value that describes the stored parameters.
@@ -259,7 +259,7 @@ def make_spec(
     prefill_logits: bool,
     attended_slots: Iterable[int] = (),
 ) -> ExportSpec:
-    """Checks a model and builds the signatures of its file; see `signatures`.
+    """Check a model and build the signatures of its file; see `signatures`.
 
     Args:
       model: the model.
@@ -285,7 +285,7 @@ def make_spec(
 
 
 def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
-    """Returns the dense shapes of a model's parameters by path.
+    """Return the dense shapes of a model's parameters by path.
 
     Args:
       model: the model.
@@ -316,7 +316,7 @@ def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
 def check_lengths(
     config: GLMConfig, prefill_lengths: Iterable[int], cache_slots: int | None
 ) -> tuple[list[int], int]:
-    """Returns the prefill lengths in ascending order, and the number of cache slots.
+    """Return the prefill lengths in ascending order, and the number of cache slots.
 
     Args:
       config: configuration of the model.
@@ -343,7 +343,7 @@ def check_lengths(
 
 
 def check_attended(attended_slots: Iterable[int], cache_slots: int) -> list[int]:
-    """Returns the slot counts that signatures attend to, in ascending order.
+    """Return the slot counts that signatures attend to, in ascending order.
 
     Args:
       attended_slots: slot counts of signatures.
@@ -382,7 +382,7 @@ class Sizes:
 
 
 def described_sizes(description: Mapping[str, Any], config: GLMConfig) -> Sizes:
-    """Reads the sizes from an untrusted description.
+    """Read the sizes from an untrusted description.
 
     Args:
       description: description of a file or directory.
@@ -418,7 +418,7 @@ def described_sizes(description: Mapping[str, Any], config: GLMConfig) -> Sizes:
 
 
 def fixed_lengths(name: str, lengths: Iterable[int]) -> list[int]:
-    """Returns the distinct lengths in ascending order.
+    """Return the distinct lengths in ascending order.
 
     Args:
       name: name of the argument, for messages.
@@ -434,7 +434,7 @@ def fixed_lengths(name: str, lengths: Iterable[int]) -> list[int]:
 
 
 def check_fixed(name: str, lengths: Iterable[int]) -> list[int]:
-    """Returns the lengths as integers; each becomes one graph.
+    """Return the lengths as integers; each becomes one graph.
 
     Args:
       name: name of the argument, for messages.

@@ -59,7 +59,7 @@ class WeightFormat:
     right: str = "integers of 8 or 4 bits, symmetric, per channel or in groups"
 
     def stored_type(self, box: Quantized) -> str | None:
-        """Returns the type of a box's stored codes, or None if the format has none.
+        """Return the type of a box's stored codes, or None if the format has none.
 
         Args:
           box: the quantized parameter.
@@ -127,7 +127,7 @@ class Weight:
 
 
 def to_weight(path: str, leaf: Any, target: WeightFormat) -> tuple[Weight, list[Conversion]]:
-    """Converts one parameter to the form that a format stores.
+    """Convert one parameter to the form that a format stores.
 
     Args:
       path: path of the parameter.
@@ -162,7 +162,7 @@ def _from_box(path: str, box: Quantized, target: WeightFormat) -> tuple[Weight, 
 
 
 def to_array(path: str, leaf: Any) -> tuple[Any, list[Conversion]]:
-    """Returns an unquantized parameter as an array, and its conversions.
+    """Return an unquantized parameter as an array, and its conversions.
 
     Args:
       path: path of the parameter.
@@ -190,7 +190,7 @@ def to_array(path: str, leaf: Any) -> tuple[Any, list[Conversion]]:
 
 
 def check_box(path: str, box: Quantized, target: WeightFormat) -> str:
-    """Rejects a box that a format cannot store.
+    """Reject a box that a format cannot store.
 
     Args:
       path: path of the parameter.
@@ -230,7 +230,7 @@ def check_box(path: str, box: Quantized, target: WeightFormat) -> str:
 
 
 def box_conversions(path: str, box: Quantized, stored: str) -> list[Conversion]:
-    """Lists the conversions of a box whose codes are stored as `stored`, without static ranges.
+    """List the conversions of a box whose codes are stored as `stored`, without static ranges.
 
     Args:
       path: path of the parameter.
@@ -251,7 +251,7 @@ def box_conversions(path: str, box: Quantized, stored: str) -> list[Conversion]:
 
 
 def check_finite(path: str, values: np.ndarray) -> None:
-    """Rejects NaN and infinity.
+    """Reject NaN and infinity.
 
     Args:
       path: path of the parameter.
@@ -265,7 +265,7 @@ def check_finite(path: str, values: np.ndarray) -> None:
 
 
 def stored_bytes(leaf: Any, target: WeightFormat) -> int:
-    """Counts the bytes that a format stores for a parameter, scales included.
+    """Count the bytes that a format stores for a parameter, scales included.
 
     Args:
       leaf: an array or a box.
@@ -284,7 +284,7 @@ def stored_bytes(leaf: Any, target: WeightFormat) -> int:
 
 
 def to_params(params: Params, weights: Mapping[str, Weight]) -> Params:
-    """Returns a parameter tree with the values that a file stores.
+    """Return a parameter tree with the values that a file stores.
 
     Args:
       params: parameters of the model.
@@ -306,7 +306,7 @@ def to_params(params: Params, weights: Mapping[str, Weight]) -> Params:
 
 
 def check_weights(stored: Mapping[str, Weight], params: Params, where: str | Path) -> int:
-    """Compares weights that were read from a file with parameters, bit for bit.
+    """Compare weights that were read from a file with parameters, bit for bit.
 
     Args:
       stored: weights by path; plain values may be missing, as some formats store them inside their
@@ -341,7 +341,7 @@ def check_weights(stored: Mapping[str, Weight], params: Params, where: str | Pat
 
 
 def _count_different(stored: np.ndarray | None, expected: Any) -> int:
-    """Counts the values that differ; all of them if the shapes differ."""
+    """Count the values that differ; all of them if the shapes differ."""
     if stored is None or expected is None:
         return int(stored is not expected)
     expected = np.asarray(expected).astype(np.float32)
@@ -351,7 +351,7 @@ def _count_different(stored: np.ndarray | None, expected: Any) -> int:
 
 
 def dequantize(weight: Weight) -> np.ndarray:
-    """Returns the dense float32 values of a weight.
+    """Return the dense float32 values of a weight.
 
     Args:
       weight: the weight.
@@ -370,7 +370,7 @@ def dequantize(weight: Weight) -> np.ndarray:
 
 
 def pack_nibbles(codes: np.ndarray) -> np.ndarray:
-    """Packs 4-bit codes in C order, two per byte, low nibble first; pads an odd count.
+    """Pack 4-bit codes in C order, two per byte, low nibble first; pad an odd count.
 
     Args:
       codes: int8 codes of any shape, in -8..7.

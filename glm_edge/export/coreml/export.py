@@ -44,7 +44,7 @@ def coreml(
     prefill_logits: bool = False,
     overwrite: bool = False,
 ) -> CoreMLPackage:
-    """Writes a model as an `.mlpackage` for iOS 18 with one function per signature.
+    """Write a model as an `.mlpackage` for iOS 18 with one function per signature.
 
     `common.signatures.signatures` describes the functions, which share their weights. A cache
     output has the name of its input with `_out` appended. Graphs are traced through StableHLO with
@@ -119,7 +119,7 @@ def _function(
     weights: Mapping[str, Weight],
     path: Path,
 ) -> None:
-    """Writes a package of one signature."""
+    """Write a package of one signature."""
     hlo = require("stablehlo_coreml", extra="coreml")
     paths = sorted(path for path in shapes if path.split("/")[0] in signature.subtrees)
     inputs = sorted(signature.inputs)
@@ -144,13 +144,13 @@ def _function(
 
 
 def _needed(spec: ExportSpec, params: Params) -> int:
-    """Estimates the peak bytes on disk: each function's weights, and three merged copies."""
+    """Estimate the peak bytes on disk: each function's weights, and three merged copies."""
     sizes = {name: stored_bytes(leaf, COREML) for name, leaf in boxes.path_items(params)}
     return sum(spec.read_bytes(sizes)) + 3 * sum(sizes.values())
 
 
 def _finish(tools: Any, content: Path, description: Mapping[str, Any]) -> None:
-    """Stores equal blobs of all functions once; merging does so for plain values only."""
+    """Store equal blobs of all functions once; merging does so for plain values only."""
     specification = tools.proto.Model_pb2.Model()
     specification.ParseFromString((content / "model.mlmodel").read_bytes())
     specification.description.metadata.userDefined[METADATA] = json.dumps(description)
@@ -195,7 +195,7 @@ def _blocks(specification: Any) -> Iterator[Any]:
 
 
 def _blobs(block: Any) -> Iterator[Any]:
-    """Yields a block's references to the file of weights."""
+    """Yield a block's references to the file of weights."""
     for operation in block.operations:
         for inner in operation.blocks:
             yield from _blobs(inner)
@@ -208,7 +208,7 @@ def _blobs(block: Any) -> Iterator[Any]:
 def _stablehlo(
     signature: Signature, shapes: Mapping[str, tuple[int, ...]], paths: list[str], inputs: list[str]
 ) -> tuple[Any, list[str]]:
-    """Traces a signature with weights as its first arguments; lists the names of its results."""
+    """Trace a signature with weights as its first arguments; list the names of its results."""
     from jax._src.interpreters import mlir
     from jax._src.lib.mlir import ir
 
@@ -232,7 +232,7 @@ def _name(
     outputs: list[str],
     weights: Mapping[str, Weight],
 ) -> None:
-    """Turns the weight arguments of a MIL function into constants; names inputs and outputs."""
+    """Turn the weight arguments of a MIL function into constants; name inputs and outputs."""
     builder = require("coremltools.converters.mil", extra="coreml").Builder
     placeholders = list(function.inputs.values())
     with function:
@@ -271,7 +271,7 @@ def _constant(builder: Any, path: str, weight: Weight, before: Any) -> Any:
 
 @contextlib.contextmanager
 def _temporary_in(directory: Path) -> Iterator[None]:
-    """Makes coremltools store its temporary copies on the target's disk.
+    """Make coremltools store its temporary copies on the target's disk.
 
     Some copies remain until the process ends. A process has one such folder, so a second export
     waits for the first.
@@ -292,7 +292,7 @@ def _temporary_in(directory: Path) -> Iterator[None]:
 @shared
 @contextlib.contextmanager
 def _progress_off() -> Iterator[None]:
-    """Hides the progress bars of the converter's passes."""
+    """Hide the progress bars of the converter's passes."""
     before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
     try:

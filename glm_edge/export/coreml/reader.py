@@ -18,7 +18,7 @@ METADATA = "glm_edge"
 
 
 def read_weights(path: str | Path) -> dict[str, Weight]:
-    """Reads the quantized weights of a package as its functions read them.
+    """Read the quantized weights of a package as its functions read them.
 
     Args:
       path: path of the package.
@@ -47,7 +47,7 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
 
 
 def open_package(path: str | Path) -> Any:
-    """Opens a package in coremltools without loading it into a runtime.
+    """Open a package in coremltools without loading it into a runtime.
 
     Args:
       path: path of the package.
@@ -69,7 +69,7 @@ def open_package(path: str | Path) -> Any:
 
 
 def described_by(package: Any, path: str | Path) -> dict[str, Any]:
-    """Reads the description of a package opened by `open_package`.
+    """Read the description of a package opened by `open_package`.
 
     Args:
       package: result of `open_package`.
@@ -110,7 +110,7 @@ def _weight(operation: Any) -> Weight:
 
 
 def core_ml_tools() -> Any:
-    """Imports coremltools with its log messages turned off.
+    """Import coremltools with its log messages turned off.
 
     Returns:
       The module `coremltools`.

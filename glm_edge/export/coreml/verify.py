@@ -41,7 +41,7 @@ class CoreMLPackage(ExportedDirectory):
     """A written Core ML package; see `ExportedDirectory`."""
 
     def verify(self, **options: Any) -> Inspection:
-        """Compares the package's specification and weights with the model; see `inspect`.
+        """Compare the package's specification and weights with the model; see `inspect`.
 
         Returns:
           Counts of the parts that agree.
@@ -58,7 +58,7 @@ class CoreMLPackage(ExportedDirectory):
 
 
 def inspect(path: str | Path, model: MultimodalGLM, params: Params) -> Inspection:
-    """Opens a package and compares its specification with the model, without running it.
+    """Open a package and compare its specification with the model, without running it.
 
     Compares names, types and shapes of all functions' inputs and outputs, and codes, scales and
     zero points of all quantized parameters. Plain values, such as those of norms, are stored inside

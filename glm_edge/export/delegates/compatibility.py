@@ -77,7 +77,7 @@ class Compatibility:
         return tuple(delegate.name for delegate in DELEGATES)
 
     def fallback(self, delegate: str, signature: str | None = None) -> list[OperatorGroup]:
-        """Lists the operators that a delegate rejects, which run on the CPU.
+        """List the operators that a delegate rejects, which run on the CPU.
 
         Args:
           delegate: `nnapi`, `gpu`, `hexagon`, `qnn` or `coreml`.
@@ -89,7 +89,7 @@ class Compatibility:
         return [row for row in self._of(signature) if row.verdicts[delegate].accepted == NO]
 
     def counts(self, delegate: str, signature: str | None = None) -> dict[str, int]:
-        """Counts operators by verdict: `yes`, `no` and `unknown`.
+        """Count operators by verdict: `yes`, `no` and `unknown`.
 
         Args:
           delegate: name of the delegate.
@@ -107,7 +107,7 @@ class Compatibility:
         return [row for row in self.rows if signature in (None, row.signature)]
 
     def summary(self) -> str:
-        """Summarizes each delegate in one line: accepted operators, and the main refusal.
+        """Summarize each delegate in one line: accepted operators, and the main refusal.
 
         Returns:
           One line per delegate.
@@ -149,7 +149,7 @@ class Compatibility:
 
 
 def compatibility(path: str | Path) -> Compatibility:
-    """Lists which delegates accept each operator of a TFLite file, without running it.
+    """List which delegates accept each operator of a TFLite file, without running it.
 
     Applies the rules of LiteRT's published sources (`delegates.rules`) to the types, versions and
     shapes of the file. They determine which operators a delegate is offered. They do not predict
@@ -192,7 +192,7 @@ def _types(operator: Operator) -> str:
 
 
 def judge(delegate: Delegate, operator: Operator, context: GraphContext) -> Verdict:
-    """Decides whether a delegate accepts one operator of a graph.
+    """Decide whether a delegate accepts one operator of a graph.
 
     Args:
       delegate: the delegate.
@@ -221,7 +221,7 @@ def judge(delegate: Delegate, operator: Operator, context: GraphContext) -> Verd
 def _failed(
     names: Iterable[str], operator: Operator, context: GraphContext, source: str
 ) -> Iterable[tuple[str, str]]:
-    """Yields the reasons of conditions that an operator does not satisfy, with their sources."""
+    """Yield the reasons of conditions that an operator does not satisfy, with their sources."""
     for name in names:
         reason = CONDITIONS[name](operator, context)
         if reason is not None:
@@ -229,7 +229,7 @@ def _failed(
 
 
 def _mismatches(rule: Rule, operator: Operator) -> Iterable[str]:
-    """Yields the fields of a rule that an operator does not satisfy, as reasons."""
+    """Yield the fields of a rule that an operator does not satisfy, as reasons."""
     for position, tensor in enumerate(operator.inputs):
         if tensor is None:
             continue

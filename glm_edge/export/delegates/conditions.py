@@ -49,7 +49,7 @@ CONDITIONS: dict[str, Condition] = {}
 
 
 def condition(function: Condition) -> Condition:
-    """Registers a condition under its name."""
+    """Register a condition under its name."""
     CONDITIONS[function.__name__] = function
     return function
 
@@ -72,7 +72,7 @@ def _option(operator: Operator, name: str, default: int = 0) -> float:
 
 @condition
 def static_shapes(operator: Operator, context: GraphContext) -> str | None:
-    """Requires that the file contains all extents."""
+    """Require that the file contains all extents."""
     if any(-1 in tensor.shape for tensor in _all(operator)):
         return Undecided("a shape known only at run time, which may be dynamic")
     return None
@@ -80,14 +80,14 @@ def static_shapes(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def rank_at_most_4(operator: Operator, context: GraphContext) -> str | None:
-    """Requires at most four dimensions per tensor."""
+    """Require at most four dimensions per tensor."""
     rank = max((tensor.rank for tensor in _all(operator)), default=0)
     return f"a tensor of rank {rank}, at most 4" if rank > 4 else None
 
 
 @condition
 def gpu_tensors(operator: Operator, context: GraphContext) -> str | None:
-    """Requires computed tensors of a type that the GPU supports, and of rank 4 at most."""
+    """Require computed tensors of a type that the GPU supports, and of rank 4 at most."""
     name = operator.name
     inputs, outputs = {*FLOATS, *BYTES}, {*FLOATS, *BYTES}
     if name in _COMPARISONS:
@@ -112,7 +112,7 @@ def gpu_tensors(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def qnn_tensors(operator: Operator, context: GraphContext) -> str | None:
-    """Requires a QNN type for every tensor."""
+    """Require a QNN type for every tensor."""
     for tensor in _all(operator):
         if tensor.type in ("int4", "int2"):
             if tensor.quantization not in ("tensor", "channel") and context.blocks is None:
@@ -130,7 +130,7 @@ _QNN_TYPES = {
 
 @condition
 def no_blocks_in_graph(operator: Operator, context: GraphContext) -> str | None:
-    """Requires that no weight of the signature has blockwise scales."""
+    """Require that no weight of the signature has blockwise scales."""
     if context.blocks is None:
         return None
     return f"blockwise weights, which stop the compiler for the whole signature: {context.blocks}"
@@ -138,7 +138,7 @@ def no_blocks_in_graph(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def qnn_not_hybrid(operator: Operator, context: GraphContext) -> str | None:
-    """Requires quantized activations for quantized weights."""
+    """Require quantized activations for quantized weights."""
     integers = [t for t in _present(operator.inputs) if t.constant and t.quantization]
     floats = [t for t in (*_present(operator.inputs), *operator.outputs) if t.type in FLOATS]
     if integers and floats and operator.name != "DEQUANTIZE":
@@ -148,7 +148,7 @@ def qnn_not_hybrid(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def first_input_float(operator: Operator, context: GraphContext) -> str | None:
-    """Requires float32 activations."""
+    """Require float32 activations."""
     position = 2 if operator.name == "TRANSPOSE_CONV" else 0
     tensor = _input(operator, position)
     if operator.name == "DEQUANTIZE" or (tensor is not None and tensor.type == "float32"):
@@ -158,7 +158,7 @@ def first_input_float(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def plain_integers(operator: Operator, context: GraphContext) -> str | None:
-    """Requires that integers have no fused activation."""
+    """Require that integers have no fused activation."""
     tensor = _input(operator, 0)
     return _fused_activation(operator) if tensor and tensor.type == "int32" else None
 
@@ -173,7 +173,7 @@ def _fused_activation(operator: Operator) -> str | None:
 
 @condition
 def known_activation(operator: Operator, context: GraphContext) -> str | None:
-    """Requires that the GPU supports the fused activation, if any."""
+    """Require that the GPU supports the fused activation, if any."""
     if _option(operator, "FusedActivationFunction") >= _ACTIVATIONS.index("SIGN_BIT"):
         return _fused_activation(operator)
     return None
@@ -181,19 +181,19 @@ def known_activation(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def output_not_int16(operator: Operator, context: GraphContext) -> str | None:
-    """Requires an output that is not int16."""
+    """Require an output that is not int16."""
     return "an int16 output" if operator.outputs and operator.outputs[0].type == "int16" else None
 
 
 @condition
 def no_constants(operator: Operator, context: GraphContext) -> str | None:
-    """Requires that all inputs are computed."""
+    """Require that all inputs are computed."""
     return "a constant input" if any(t.constant for t in _present(operator.inputs)) else None
 
 
 @condition
 def two_operands(operator: Operator, context: GraphContext) -> str | None:
-    """Requires two operands, of which at most one is a constant."""
+    """Require two operands, of which at most one is a constant."""
     constants = sum(t.constant for t in _present(operator.inputs))
     computed = len(_present(operator.inputs)) - constants
     if (computed, constants) in ((2, 0), (1, 1)):
@@ -203,7 +203,7 @@ def two_operands(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def half_precision(operator: Operator, context: GraphContext) -> str | None:
-    """Accepts float16 weights if their reader does; limits the version for other types."""
+    """Accept float16 weights if their reader does; limit the version for other types."""
     source = _input(operator, 0)
     if source is not None and source.type == "float16" and source.constant:
         return Undecided("float16 weights are accepted if their reader accepts float16")
@@ -212,7 +212,7 @@ def half_precision(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def casts_numbers(operator: Operator, context: GraphContext) -> str | None:
-    """Requires a cast between numeric types."""
+    """Require a cast between numeric types."""
     kind = operator.outputs[0].type if operator.outputs else "nothing"
     allowed = ("float32", "int32", *BYTES)
     return None if kind in allowed else f"cast to {kind}, expected one of {', '.join(allowed)}"
@@ -220,7 +220,7 @@ def casts_numbers(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def gpu_cast(operator: Operator, context: GraphContext) -> str | None:
-    """Requires a cast that the GPU supports."""
+    """Require a cast that the GPU supports."""
     source, target = _input(operator, 0), operator.outputs[0] if operator.outputs else None
     if source is None or target is None:
         return "no input or output"
@@ -239,7 +239,7 @@ def gpu_cast(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def feeds_float(operator: Operator, context: GraphContext) -> str | None:
-    """Requires that one operator reads a comparison and converts it to floats."""
+    """Require that one operator reads a comparison and converts it to floats."""
     readers = context.consumers[operator.output_indices[0]] if operator.output_indices else []
     if (
         len(readers) == 1
@@ -253,7 +253,7 @@ def feeds_float(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def condition_of_value_shape(operator: Operator, context: GraphContext) -> str | None:
-    """Requires a condition of the values' shape."""
+    """Require a condition of the values' shape."""
     chosen, value = _input(operator, 0), _input(operator, 1)
     if chosen is None or value is None or chosen.shape != value.shape:
         return "condition and values differ in shape"
@@ -262,14 +262,14 @@ def condition_of_value_shape(operator: Operator, context: GraphContext) -> str |
 
 @condition
 def same_types(operator: Operator, context: GraphContext) -> str | None:
-    """Requires two inputs of the same type."""
+    """Require two inputs of the same type."""
     kinds = [tensor.type for tensor in _present(operator.inputs)[:2]]
     return None if len(set(kinds)) == 1 else f"inputs of {' and '.join(kinds)}"
 
 
 @condition
 def no_broadcast(operator: Operator, context: GraphContext) -> str | None:
-    """Requires two inputs with the same batch dimensions."""
+    """Require two inputs with the same batch dimensions."""
     a, b = (*_present(operator.inputs), None, None)[:2]
     if a is None or b is None or a.rank < 2 or a.rank != b.rank or a.shape[:-2] != b.shape[:-2]:
         return "batch dimensions differ"
@@ -278,7 +278,7 @@ def no_broadcast(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def flat_constant(operator: Operator, context: GraphContext) -> str | None:
-    """Requires that a constant second input is a matrix."""
+    """Require that a constant second input is a matrix."""
     second = _input(operator, 1)
     if second is not None and second.constant and second.rank != 2:
         return f"a constant second input of rank {second.rank}, expected 2"
@@ -287,14 +287,14 @@ def flat_constant(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def flat_indices(operator: Operator, context: GraphContext) -> str | None:
-    """Requires a vector of indices."""
+    """Require a vector of indices."""
     indices = _input(operator, 1)
     return None if indices is not None and indices.rank == 1 else "indices that are not a vector"
 
 
 @condition
 def same_rank_if_kept(operator: Operator, context: GraphContext) -> str | None:
-    """Requires that `keep_num_dims` preserves the rank."""
+    """Require that `keep_num_dims` preserves the rank."""
     source = _input(operator, 0)
     if source is None or source.constant:
         return "a constant input"
@@ -306,7 +306,7 @@ def same_rank_if_kept(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def gpu_broadcast(operator: Operator, context: GraphContext) -> str | None:
-    """Requires shapes that broadcast under the GPU's rules."""
+    """Require shapes that broadcast under the GPU's rules."""
     if len(_present(operator.inputs)) != 2:
         return "an absent input"
     a, b = _present(operator.inputs)
@@ -324,7 +324,7 @@ def gpu_broadcast(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def gpu_select(operator: Operator, context: GraphContext) -> str | None:
-    """Requires shapes of condition and values that the GPU's select supports."""
+    """Require shapes of condition and values that the GPU's select supports."""
     if len(_present(operator.inputs)) != 3 or not operator.outputs:
         return "expected 3 inputs and an output"
     (chosen, *values), target = _present(operator.inputs), operator.outputs[0].shape
@@ -345,7 +345,7 @@ def gpu_select(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def gpu_paddings(operator: Operator, context: GraphContext) -> str | None:
-    """Requires paddings for a tensor of rank 3 or 4."""
+    """Require paddings for a tensor of rank 3 or 4."""
     paddings = _input(operator, 1)
     if paddings is None or paddings.shape not in ((3, 2), (4, 2)):
         return "paddings for a tensor that is not of rank 3 or 4"
@@ -356,7 +356,7 @@ def gpu_paddings(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def one_scale(operator: Operator, context: GraphContext) -> str | None:
-    """Requires one scale per weight tensor."""
+    """Require one scale per weight tensor."""
     weights = _input(operator, 1)
     if weights is not None and weights.quantization in ("", "tensor"):
         return None
@@ -365,14 +365,14 @@ def one_scale(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def all_bytes(operator: Operator, context: GraphContext) -> str | None:
-    """Requires 8-bit inputs."""
+    """Require 8-bit inputs."""
     kinds = {tensor.type for tensor in _present(operator.inputs)} - set(BYTES)
     return f"an input of {min(kinds)}, expected 8 bits" if kinds else None
 
 
 @condition
 def one_row(operator: Operator, context: GraphContext) -> str | None:
-    """Requires one row of activations."""
+    """Require one row of activations."""
     source = _input(operator, 0)
     if source is not None and source.rank and source.shape[-1] == source.size:
         return None
@@ -381,7 +381,7 @@ def one_row(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def last_axis(operator: Operator, context: GraphContext) -> str | None:
-    """Requires a concatenation of rank-3 or rank-4 inputs along the last axis."""
+    """Require a concatenation of rank-3 or rank-4 inputs along the last axis."""
     source, axis = _input(operator, 0), _option(operator, "Axis")
     if len(operator.inputs) < 2 or source is None or source.rank not in (3, 4):
         return "fewer than 2 inputs, or a rank that is not 3 or 4"
@@ -390,7 +390,7 @@ def last_axis(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def coreml_broadcast(operator: Operator, context: GraphContext) -> str | None:
-    """Requires shapes that broadcast under Core ML's rules."""
+    """Require shapes that broadcast under Core ML's rules."""
     tensors = _present(operator.inputs)[:2]
     if len(tensors) < 2:
         return f"{len(tensors)} inputs, expected 2"

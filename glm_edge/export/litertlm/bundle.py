@@ -38,7 +38,7 @@ class Section:
 
 
 def read_sections(path: str | Path) -> list[Section]:
-    """Reads the offsets of a bundle's sections, and checks its metadata.
+    """Read the offsets of a bundle's sections, and check its metadata.
 
     Args:
       path: path of the file.
@@ -102,7 +102,7 @@ def _sections(library: Any, metadata: Any, size: int) -> list[Section]:
 
 
 def make_repeatable(file: BinaryIO) -> None:
-    """Writes a content identifier and a fixed time into the header of a new bundle.
+    """Write a content identifier and a fixed time into the header of a new bundle.
 
     Args:
       file: complete bundle from the builder, open for reading and writing.

@@ -90,7 +90,7 @@ class Rendering:
 
 
 def answer_end(processor: Processor) -> int | None:
-    """Finds the stop token that follows an answer.
+    """Find the stop token that follows an answer.
 
     Args:
       processor: processor with the checkpoint's template.
@@ -107,7 +107,7 @@ def answer_end(processor: Processor) -> int | None:
 def bundled_template(
     processor: Processor, media: Sequence[str] = ()
 ) -> tuple[str, list[Conversion]]:
-    """Makes the chat template of a bundle.
+    """Make the chat template of a bundle.
 
     Args:
       processor: processor with the checkpoint's template.
@@ -153,7 +153,7 @@ def bundled_template(
 
 
 def reads_strings(processor: Processor) -> bool:
-    """Returns True if a template writes the text of a message whose content is a string.
+    """Return True if a template writes the text of a message whose content is a string.
 
     Args:
       processor: processor with the checkpoint's template.
@@ -177,7 +177,7 @@ def reads_strings(processor: Processor) -> bool:
 
 
 def render_parts(source: str, messages: Sequence[Mapping[str, Any]], prompt: bool) -> str:
-    """Renders a bundle's template as the engine does, with `content` as parts.
+    """Render a bundle's template as the engine does, with `content` as parts.
 
     Args:
       source: Jinja source, with its variables.
@@ -200,7 +200,7 @@ def render_parts(source: str, messages: Sequence[Mapping[str, Any]], prompt: boo
 
 
 def new_text(source: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Renders the text that the engine feeds for the last message of a conversation.
+    """Render the text that the engine feeds for the last message of a conversation.
 
     Args:
       source: the bundle's template.
@@ -228,12 +228,12 @@ def _constants(processor: Processor) -> str:
 
 
 def _literal(text: str) -> str:
-    """Writes a string literal that Jinja reads in Python and in the engine."""
+    """Write a string literal that Jinja reads in Python and in the engine."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _written_stop(processor: Processor, between: str) -> str:
-    """Reads the stop token at the start of the text between an answer and the next message."""
+    """Read the stop token at the start of the text between an answer and the next message."""
     stops = [processor.tokenizer.id_to_token(token) for token in processor.stop_token_ids]
     return max((text for text in stops if text and between.startswith(text)), key=len, default="")
 
@@ -241,7 +241,7 @@ def _written_stop(processor: Processor, between: str) -> str:
 def _candidates(
     processor: Processor, strings: bool, between: str, stop: str
 ) -> Iterator[tuple[str, list[Conversion]]]:
-    """Yields the original template and repaired ones, the smallest change first."""
+    """Yield the original template and repaired ones, the smallest change first."""
     template, constants = processor.template, _constants(processor)
     # Rendering drops one line break at the end of a template.
     inner = template.removesuffix("\n")
@@ -307,7 +307,7 @@ def _quality(rendering: Rendering) -> int:
 
 
 def _context(source: str, questions: Sequence[str], answers: Sequence[str], stop: str) -> str:
-    """Returns the text that the engine has read before it answers the last question."""
+    """Return the text that the engine has read before it answers the last question."""
     messages: list[dict[str, Any]] = []
     context = ""
     for question, answer in itertools.zip_longest(questions, answers):
@@ -320,7 +320,7 @@ def _context(source: str, questions: Sequence[str], answers: Sequence[str], stop
 
 
 def _around_an_answer(processor: Processor, strings: bool) -> tuple[str, str]:
-    """Returns the space before a generated answer, and the text up to the next question."""
+    """Return the space before a generated answer, and the text up to the next question."""
     try:
         prompt = processor.render(_conversation(QUESTIONS[:1], (), strings))
         text = processor.render(_conversation(QUESTIONS[:2], ANSWERS[:1], strings))

@@ -79,7 +79,7 @@ class Bundle:
         check: bool = True,
         timeout: float = TIMEOUT,
     ) -> Verification:
-        """Compares the engine's answers with JAX's; see `litertlm.verify.verify_bundle`."""
+        """Compare the engine's answers with JAX's; see `litertlm.verify.verify_bundle`."""
         return verify_bundle(
             self,
             texts,
@@ -103,7 +103,7 @@ def litertlm(
     image_size: tuple[int, int] | None = None,
     overwrite: bool = False,
 ) -> Bundle:
-    """Writes a model as a `.litertlm` bundle, which LiteRT-LM's engines and apps open.
+    """Write a model as a `.litertlm` bundle, which LiteRT-LM's engines and apps open.
 
     The runtime renders the chat template, tokenizes, and inserts an image or a recording at its
     placeholder. It differs from `Processor` as follows:
@@ -222,7 +222,7 @@ def litertlm(
 
 
 def with_short_lengths(lengths: Sequence[int], cache_slots: int) -> list[int]:
-    """Adds short prefill signatures to the requested ones.
+    """Add short prefill signatures to the requested ones.
 
     The runtime rejects a message of any length if fewer slots are free than the shortest signature
     has tokens. The middle length processes a typical message in few calls.

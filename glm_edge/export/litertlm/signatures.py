@@ -30,7 +30,7 @@ CARRIED = 4
 
 
 def takes_embeddings(config: GLMConfig) -> bool:
-    """Returns True if the decoder reads embeddings, as models with encoders require.
+    """Return True if the decoder reads embeddings, as models with encoders require.
 
     Args:
       config: configuration of the model.
@@ -42,7 +42,7 @@ def takes_embeddings(config: GLMConfig) -> bool:
 
 
 def carries_positions(config: GLMConfig) -> bool:
-    """Returns True if embeddings include offsets of three-dimensional rotary positions.
+    """Return True if embeddings include offsets of three-dimensional rotary positions.
 
     Args:
       config: configuration of the model.
@@ -54,7 +54,7 @@ def carries_positions(config: GLMConfig) -> bool:
 
 
 def token_embedding(model: MultimodalGLM, params: Any, token: int) -> np.ndarray:
-    """Computes the embedding [D] of one token.
+    """Compute the embedding [D] of one token.
 
     Args:
       model: the model.
@@ -75,7 +75,7 @@ def decoder_signatures(
     cache_slots: int,
     answer_end: np.ndarray | None = None,
 ) -> list[Signature]:
-    """Makes `decode` and `prefill_<T>` of the section PREFILL_DECODE.
+    """Make `decode` and `prefill_<T>` of the section PREFILL_DECODE.
 
     They equal those of `common.signatures.signatures`, without logits in prefill, with two
     differences. A model without encoders takes `tokens` [1, T]. A model with three-dimensional
@@ -109,7 +109,7 @@ def decoder_signatures(
 
 
 def embedder(model: MultimodalGLM) -> Signature:
-    """Makes EMBEDDER: `tokens` [1, 1] to `embeddings` [1, 1, D], or [1, 1, D + 4] with offsets.
+    """Make EMBEDDER: `tokens` [1, 1] to `embeddings` [1, 1, D], or [1, 1, D + 4] with offsets.
 
     Args:
       model: the model.
@@ -131,7 +131,7 @@ def embedder(model: MultimodalGLM) -> Signature:
 def vision_encoder(
     model: MultimodalGLM, processing: ImageProcessing, image_size: tuple[int, int]
 ) -> Signature:
-    """Makes VISION_ENCODER for images of one size.
+    """Make VISION_ENCODER for images of one size.
 
     Args:
       model: the model.
@@ -158,7 +158,7 @@ def vision_encoder(
 
 
 def speech_encoder(model: MultimodalGLM, processing: AudioProcessing) -> Signature:
-    """Makes AUDIO_ENCODER_HW for chunks of raw samples.
+    """Make AUDIO_ENCODER_HW for chunks of raw samples.
 
     Args:
       model: the model.
@@ -192,7 +192,7 @@ def speech_encoder(model: MultimodalGLM, processing: AudioProcessing) -> Signatu
 
 
 def speech_adapter(model: MultimodalGLM) -> Signature:
-    """Makes AUDIO_ADAPTER: `features` [1, M, D] where `mask` bool [1, M] is true, else zeros.
+    """Make AUDIO_ADAPTER: `features` [1, M, D] where `mask` bool [1, M] is true, else zeros.
 
     Without this section, the runtime delays a recording until a chunk is full, so the model would
     hear its last part in the next prompt.
@@ -217,7 +217,7 @@ def speech_adapter(model: MultimodalGLM) -> Signature:
 
 
 def log_mel_of_samples(samples: Array, processing: AudioProcessing) -> Array:
-    """Computes the spectrogram of `glm_edge.kernels.log_mel` by matrix products, without an FFT.
+    """Compute the spectrogram of `glm_edge.kernels.log_mel` by matrix products, without an FFT.
 
     Args:
       samples: raw samples [1, F, hop_length] in -1..1.
@@ -270,7 +270,7 @@ def _from_tokens(step: Signature, embed: Signature) -> Signature:
 
 
 def _with_answer_end(step: Signature, row: np.ndarray) -> Signature:
-    """Replaces rows of zeros in the embeddings with the embedding of the answer's end."""
+    """Replace rows of zeros in the embeddings with the embedding of the answer's end."""
 
     def function(params: Any, values: Inputs) -> dict[str, Array]:
         embedded = values["embeddings"]
@@ -283,7 +283,7 @@ def _with_answer_end(step: Signature, row: np.ndarray) -> Signature:
 
 
 def _carried(config: VisionConfig, image_size: Sequence[int]) -> np.ndarray:
-    """Computes the additional channels [M, 4] of an image's features; see `CARRIED`."""
+    """Compute the additional channels [M, 4] of an image's features; see `CARRIED`."""
     height, width = image_size
     rows, columns = (extent // config.merge_size for extent in config.grid_of((height, width)))
     token = np.arange(rows * columns)
@@ -294,7 +294,7 @@ def _carried(config: VisionConfig, image_size: Sequence[int]) -> np.ndarray:
 
 
 def _from_carried(step: Signature, layers: int, slots: int) -> Signature:
-    """Computes positions as slots minus the slots that images use beyond their advance."""
+    """Compute positions as slots minus the slots that images use beyond their advance."""
     inputs = dict(step.inputs)
     embeddings = inputs["embeddings"].shape
     width = embeddings[-1]

@@ -63,7 +63,7 @@ def verify_bundle(
     check: bool = True,
     timeout: float = TIMEOUT,
 ) -> Verification:
-    """Compares the greedy answers of LiteRT-LM's engine with those of JAX.
+    """Compare the greedy answers of LiteRT-LM's engine with those of JAX.
 
     First compares the sections' codes and scales with the model's, bit for bit. The engine then
     opens the bundle in a separate process and answers one conversation per prompt. If the model has
@@ -165,7 +165,7 @@ class _Counts:
     def add(
         self, expected: Sequence[int], answer: str, decode: Callable[[Sequence[int]], str]
     ) -> bool:
-        """Counts one answer; returns True if all its tokens are equal."""
+        """Count one answer; return True if all its tokens are equal."""
         agreed = agreeing(expected, answer, decode)
         self.same += agreed
         self.compared += min(agreed + 1, len(expected))
@@ -182,7 +182,7 @@ def _converse(
     max_new_tokens: int,
     counts: _Counts,
 ) -> int:
-    """Runs one conversation until the cache is full, and counts its first answers.
+    """Run one conversation until the cache is full, and count its first answers.
 
     Returns:
       The number of turns.
@@ -242,7 +242,7 @@ def _ids(processor: Processor, text: str) -> list[int]:
 def _text_of(
     processor: Processor, texts: Sequence[str] | None, rng: np.random.Generator, tokens: int
 ) -> str:
-    """Joins words up to a number of tokens, and truncates a long word."""
+    """Join words up to a number of tokens, and truncate a long word."""
     words: list[str] = []
     source = itertools.cycle(texts or [None])
     while len(_ids(processor, " ".join(words))) < tokens:
@@ -255,7 +255,7 @@ def _text_of(
 
 
 def agreeing(expected: Sequence[int], answer: str, decode: Callable[[Sequence[int]], str]) -> int:
-    """Counts the leading tokens of JAX that an answer contains.
+    """Count the leading tokens of JAX that an answer contains.
 
     Args:
       expected: JAX's tokens, including a stop token.
@@ -273,7 +273,7 @@ def agreeing(expected: Sequence[int], answer: str, decode: Callable[[Sequence[in
 
 
 def check_sections(bundle: "Bundle") -> None:
-    """Compares the weights of a bundle's sections with its parameters, bit for bit.
+    """Compare the weights of a bundle's sections with its parameters, bit for bit.
 
     Args:
       bundle: the bundle.
@@ -317,7 +317,7 @@ def _shown(text: str) -> str:
 
 
 def _turn(parts: list[dict[str, Any]], strings: bool) -> list[Mapping[str, Any]]:
-    """Makes a message for the checkpoint's template; plain text is a string if it reads one."""
+    """Make a message for the checkpoint's template; plain text is a string if it reads one."""
     alone = len(parts) == 1 and parts[0]["type"] == "text"
     return [{"role": "user", "content": parts[0]["text"] if strings and alone else parts}]
 
@@ -330,7 +330,7 @@ def _batches(
     directory: Path,
     max_new_tokens: int,
 ) -> Iterator[list[EnginePrompt]]:
-    """Groups prompts by kind, so that JAX compiles once per kind."""
+    """Group prompts by kind, so that JAX compiles once per kind."""
     config, strings = bundle.model.config, reads_strings(bundle.processor)
     encoders = {"image": config.vision, "audio": config.speech}
     kinds = [None, *(kind for kind, encoder in encoders.items() if encoder is not None)]
@@ -377,7 +377,7 @@ def _prompt(
 
 
 def _recording(audio: AudioProcessing, rng: np.random.Generator) -> np.ndarray:
-    """Draws noise of rising volume, 0.5 to 1.5 chunks long, in multiples of a hop."""
+    """Draw noise of rising volume, 0.5 to 1.5 chunks long, in multiples of a hop."""
     frames = audio.chunk_frames
     longest = min(3 * frames // 2, audio.max_chunks * frames)
     count = audio.hop_length * int(rng.integers(frames // 2, longest + 1))
@@ -386,7 +386,7 @@ def _recording(audio: AudioProcessing, rng: np.random.Generator) -> np.ndarray:
 
 
 def _random_text(processor: Processor, rng: np.random.Generator) -> str:
-    """Draws text of random tokens, without special tokens."""
+    """Draw text of random tokens, without special tokens."""
     tokenizer = processor.tokenizer
     special = list(tokenizer.get_added_tokens_decoder())
     ordinary = np.setdiff1d(np.arange(tokenizer.get_vocab_size()), special)
@@ -399,7 +399,7 @@ def _random_text(processor: Processor, rng: np.random.Generator) -> str:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """Encodes uint8 pixels [height, width, 3] as PNG, a lossless format.
+    """Encode uint8 pixels [height, width, 3] as PNG, a lossless format.
 
     Args:
       pixels: uint8 [height, width, 3].

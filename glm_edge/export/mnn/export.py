@@ -55,7 +55,7 @@ def mnn(
     attended_slots: Iterable[int] = (),
     overwrite: bool = False,
 ) -> Package:
-    """Writes a model as MNN graphs that store quantized codes unchanged.
+    """Write a model as MNN graphs that store quantized codes unchanged.
 
     The directory contains one graph per signature (such as `decode.mnn`, see
     `common.signatures.signatures`), one file of weights for all graphs (pass it to
@@ -135,7 +135,7 @@ def mnn(
 
 
 def _needed(spec: ExportSpec, params: Params) -> int:
-    """Estimates the peak bytes on disk, with the converter's float32 copies of weights."""
+    """Estimate the peak bytes on disk, with the converter's float32 copies of weights."""
     items = dict(boxes.path_items(params))
     dense = {name: 4 * math.prod(leaf.shape) for name, leaf in items.items()}
     codes = sum(dense[name] // 4 for name in items if name.split("/")[0] == "embed")
@@ -178,7 +178,7 @@ class _Graph(GraphBuilder):
 
 
 def _tables(library: Any, file: BinaryIO, weights: Mapping[str, Weight]) -> dict[str, StoredWeight]:
-    """Stores the codes of a quantized embedding as int8, whatever their width."""
+    """Store the codes of a quantized embedding as int8, whatever their width."""
     tables = {}
     for path in (path for path in weights if path.split("/")[0] == "embed"):
         weight = weights[path]
@@ -190,7 +190,7 @@ def _tables(library: Any, file: BinaryIO, weights: Mapping[str, Weight]) -> dict
 
 
 def _products(builder: GraphBuilder) -> dict[str, str]:
-    """Maps outputs, after which the converter names its convolutions, to paths of weights."""
+    """Map outputs, after which the converter names its convolutions, to paths of weights."""
     named = dict(builder.products)
     for node in builder.nodes:
         # The converter merges a bias into the convolution, which then has the name of the sum.
@@ -217,7 +217,7 @@ class _Writer:
     copied: dict[bytes, int] = field(default_factory=dict)
 
     def quantized(self, path: str, bias: bytes) -> list[int]:
-        """Writes codes, scales and bias in this order; returns offset and lengths."""
+        """Write codes, scales and bias in this order; return offset and lengths."""
         if path not in self.positions:
             weight, start = self.weights[path], self.file.tell()
             self.file.write(_header(weight) + _unsigned(weight).tobytes())
@@ -229,7 +229,7 @@ class _Writer:
         return self.positions[path]
 
     def copy(self, data: bytes) -> int:
-        """Writes bytes of plain values once for all graphs; returns their offset."""
+        """Write bytes of plain values once for all graphs; return their offset."""
         key = hashlib.sha256(data).digest()
         if key not in self.copied:
             self.copied[key] = self.file.tell()
@@ -289,7 +289,7 @@ def _convert(source: Path, directory: Path, builder: _Graph, writer: _Writer) ->
 
 
 def _restore(operator: Any, builder: _Graph, weights: Mapping[str, Weight]) -> None:
-    """Restores exact values, of which the converter's JSON has only six decimal places."""
+    """Restore exact values, of which the converter's JSON has only six decimal places."""
     main = operator.get("main", {})
     if "float32s" not in main and "external" in main:
         return

@@ -19,7 +19,7 @@ HEADER_BYTES = 1 + 8 + 1 + 256
 def read_weights(
     path: str | Path, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, Weight]:
-    """Reads the quantized weights of an exported directory as its convolutions read them.
+    """Read the quantized weights of an exported directory as its convolutions read them.
 
     Args:
       path: path of the directory.
@@ -58,7 +58,7 @@ def _shape(content: np.ndarray, wide: bool) -> tuple[int, ...]:
 
 
 def _weight(content: np.ndarray, length: int, wide: bool) -> Weight:
-    """Reads the weight that `_Writer.quantized` wrote."""
+    """Read the weight that `_Writer.quantized` wrote."""
     header, shape = 9 if wide else 5, _shape(content, wide)
     kind = "int8" if content[header] == 0 else "int4"
     codes = content[header + 1 + 2 ** BITS[kind] : length]

@@ -31,7 +31,7 @@ def onnx(
     attended_slots: Iterable[int] = (),
     overwrite: bool = False,
 ) -> Package:
-    """Writes a model as ONNX graphs of opset 21 that read quantized codes unchanged.
+    """Write a model as ONNX graphs of opset 21 that read quantized codes unchanged.
 
     The directory contains one graph per signature (such as `decode.onnx`, see
     `common.signatures.signatures`), one file of weights for all graphs, and a description.
@@ -97,7 +97,7 @@ def onnx(
 
 
 def is_product(path: str, leaf: Any, params: Params) -> bool:
-    """Returns True for a matrix that is used in a product, not only in a lookup or a sum.
+    """Return True for a matrix that is used in a product, not only in a lookup or a sum.
 
     Args:
       path: path of the parameter.

@@ -91,7 +91,7 @@ LOWERINGS: dict[str, Lowering] = {}
 
 
 def lowers(*primitives: str) -> Callable[[Lowering], Lowering]:
-    """Registers a function as the lowering of some JAX primitives."""
+    """Register a function as the lowering of some JAX primitives."""
 
     def register(lowering: Lowering) -> Lowering:
         LOWERINGS.update(dict.fromkeys(primitives, lowering))
@@ -120,7 +120,7 @@ class GraphBuilder:
         self._read: dict[tuple[str, bool], str] = {}
 
     def node(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-        """Adds a node; returns the name of its output, or a list of several."""
+        """Add a node; return the name of its output, or a list of several."""
         names = [f"{operator}_{len(self.nodes)}_{i}" for i in range(outputs)]
         name = f"{operator}_{len(self.nodes)}"
         self.nodes.append(
@@ -129,7 +129,7 @@ class GraphBuilder:
         return names[0] if outputs == 1 else names
 
     def constant(self, array: Any) -> str:
-        """Adds a constant, storing equal ones once; returns its name."""
+        """Add a constant, storing equal ones once; return its name."""
         array = np.asarray(array)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -139,29 +139,29 @@ class GraphBuilder:
         return self._constants[key]
 
     def sizes(self, values: Iterable[int]) -> str:
-        """Adds an int64 vector as a constant; returns its name."""
+        """Add an int64 vector as a constant; return its name."""
         return self.constant(np.asarray(list(values), np.int64))
 
     def named(self, value: Value) -> str:
-        """Returns the name of a value's tensor, which may need broadcasting."""
+        """Return the name of a value's tensor, which may need broadcasting."""
         if value.weight is not None:
             return self.read(value.weight, transposed=False)
         return self.constant(value.array) if value.name is None else value.name
 
     def full(self, value: Value, shape: tuple[int, ...]) -> str:
-        """Returns the name of a value's tensor at the variable's shape."""
+        """Return the name of a value's tensor at the variable's shape."""
         name = self.named(value)
         return name if value.shape == shape else self.node("Expand", name, self.sizes(shape))
 
     def stored(self, path: str) -> tuple[StoredWeight, list[str]]:
-        """Adds the tensors of a weight; returns the weight and their names."""
+        """Add the tensors of a weight; return the weight and their names."""
         weight = self.weights[path]
         tensors = [t for t in (weight.values, weight.scale, weight.zero) if t is not None]
         self.initializers.update({tensor.name: tensor for tensor in tensors})
         return weight, [tensor.name for tensor in tensors]
 
     def read(self, path: str, transposed: bool) -> str:
-        """Reads a dense float32 weight, [out, in] or transposed; returns the tensor's name."""
+        """Read a dense float32 weight, [out, in] or transposed; return the tensor's name."""
         if (path, transposed) not in self._read:
             weight, names = self.stored(path)
             if weight.scale is not None:
@@ -176,7 +176,7 @@ class GraphBuilder:
         return self._read[path, transposed]
 
     def look_up(self, path: str, indices: str, count: int) -> str:
-        """Reads [count, columns] rows of a weight [out, in]; returns the tensor's name."""
+        """Read [count, columns] rows of a weight [out, in]; return the tensor's name."""
         weight, names = self.stored(path)
         axis = int(weight.transposed)
         if weight.rows:
@@ -193,7 +193,7 @@ class GraphBuilder:
         params: Mapping[str, jax.ShapeDtypeStruct],
         inputs: Mapping[str, jax.ShapeDtypeStruct],
     ) -> Any:
-        """Traces `function(params, inputs)` into nodes.
+        """Trace `function(params, inputs)` into nodes.
 
         Args:
           function: function of two dictionaries; it returns a dictionary of arrays.
@@ -229,7 +229,7 @@ class GraphBuilder:
         )
 
     def dtype_number(self, dtype: Any) -> int:
-        """Returns the ONNX code of a type."""
+        """Return the ONNX code of a type."""
         return self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
     def _jaxpr(self, jaxpr: Jaxpr, constants: list[Value], arguments: list[Value]) -> list[Value]:
@@ -280,7 +280,7 @@ class GraphBuilder:
         ]
 
     def elementwise(self, operator: str, inputs: list[Value], **attributes: Any) -> Value:
-        """Adds a node whose inputs broadcast."""
+        """Add a node whose inputs broadcast."""
         if operator == "Max":
             least = [v.array is not None and (v.array == -np.inf).all() for v in inputs]
             if any(least):
@@ -448,7 +448,7 @@ def _lower_dynamic_update_slice(
 
 
 def _update(graph: GraphBuilder, axis: int, equation: JaxprEqn, inputs: list[Value]) -> str:
-    """Selects the update or the array for each slot."""
+    """Select the update or the array for each slot."""
     shape, extent = (aval(variable).shape for variable in equation.invars[:2])
     slots, length = shape[axis], extent[axis]
     start = graph.node("Max", graph.named(inputs[2 + axis]), graph.constant(np.int32(0)))

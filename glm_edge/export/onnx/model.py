@@ -24,7 +24,7 @@ def graph_of(
     stored: Mapping[str, StoredWeight],
     builder: GraphBuilder | None = None,
 ) -> Any:
-    """Lowers a signature to a `GraphProto` that reads stored weights.
+    """Lower a signature to a `GraphProto` that reads stored weights.
 
     Args:
       signature: the signature.
@@ -52,7 +52,7 @@ def graph_of(
 
 
 def model_of(library: Any, graph: Any) -> Any:
-    """Makes the `ModelProto` of a graph."""
+    """Make the `ModelProto` of a graph."""
     return library.helper.make_model(
         graph,
         opset_imports=[library.helper.make_opsetid("", OPSET)],
@@ -65,7 +65,7 @@ def model_of(library: Any, graph: Any) -> Any:
 def store(
     library: Any, file: BinaryIO, path: str, weight: Weight, transposed: bool
 ) -> StoredWeight:
-    """Writes a weight to a file and describes its offset there.
+    """Write a weight to a file and describe its offset there.
 
     Args:
       library: the module `onnx`.

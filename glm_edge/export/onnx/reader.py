@@ -24,7 +24,7 @@ BITS = {"FLOAT": 32, "FLOAT16": 16, "INT8": 8, "INT4": 4}
 def read_weights(
     path: str | Path, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, Weight]:
-    """Reads the weights of an exported directory as its graphs store them.
+    """Read the weights of an exported directory as its graphs store them.
 
     Args:
       path: path of the directory.
@@ -77,7 +77,7 @@ def read_weights(
 
 
 def _load(library: Any, tensor: Any, content: np.ndarray) -> Any:
-    """Reads the bytes of a tensor after checking its offset in the file of weights."""
+    """Read the bytes of a tensor after checking its offset in the file of weights."""
     position = {entry.key: entry.value for entry in tensor.external_data}
     if position.get("location") != WEIGHTS:
         raise ValueError(

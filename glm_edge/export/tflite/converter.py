@@ -20,7 +20,7 @@ from glm_edge.process_wide import QUIET_TENSORFLOW
 def skeleton(
     signatures: Iterable[Signature], shapes: Mapping[str, tuple[int, ...]], kind: str = "graph"
 ) -> tuple[bytes, dict[str, str]]:
-    """Converts signatures to one TFLite graph in which every weight is an input.
+    """Convert signatures to one TFLite graph in which every weight is an input.
 
     Args:
       signatures: signatures to convert.
@@ -54,7 +54,7 @@ def skeleton(
 
 
 def run_converter(converter: Any, kind: str) -> bytes:
-    """Runs a TensorFlow Lite converter.
+    """Run a TensorFlow Lite converter.
 
     Args:
       converter: a `TFLiteConverter`.
@@ -95,7 +95,7 @@ def _concrete(
 
 
 def tensorflow() -> tuple[Any, Any]:
-    """Imports jax2tf and TensorFlow with their log messages turned off.
+    """Import jax2tf and TensorFlow with their log messages turned off.
 
     Returns:
       The modules `jax2tf` and `tensorflow`.

@@ -52,7 +52,7 @@ class ExportedModel:
         check: bool = True,
         isolated: bool = True,
     ) -> Verification:
-        """Runs the file in LiteRT and compares it with the JAX model.
+        """Run the file in LiteRT and compare it with the JAX model.
 
         See `glm_edge.export.verify` for the arguments.
         """
@@ -80,7 +80,7 @@ def tflite(
     attended_slots: Iterable[int] = (),
     overwrite: bool = False,
 ) -> ExportedModel:
-    """Writes a model as a `.tflite` file with builtin operators only.
+    """Write a model as a `.tflite` file with builtin operators only.
 
     The graph is converted without weights. The packed codes and scales are then attached unchanged,
     once for all signatures. A parameter that LiteRT cannot run raises ExportError. A parameter that
@@ -134,7 +134,7 @@ def write_signatures(
     overwrite: bool = False,
     fields: Mapping[str, Any] | None = None,
 ) -> int:
-    """Writes functions of a model as one `.tflite` file.
+    """Write functions of a model as one `.tflite` file.
 
     Args:
       signatures: signatures of the file.

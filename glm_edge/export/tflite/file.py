@@ -59,7 +59,7 @@ def _builder_class() -> type:
 
 
 def write(model: Any, path: Path, overwrite: bool, inline_limit: int = INLINE_LIMIT) -> int:
-    """Writes a model as a file atomically.
+    """Write a model as a file atomically.
 
     Args:
       model: `ModelT`.
@@ -109,7 +109,7 @@ def _pack(model: Any) -> memoryview:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Reads the description that the export stored, without reading the weights.
+    """Read the description that the export stored, without reading the weights.
 
     Args:
       path: path of the file.
@@ -141,7 +141,7 @@ def _description(model: Any, content: np.ndarray, path: str | Path) -> dict[str,
 def read_constants(
     path: str | Path, start: int = 0, size: int | None = None
 ) -> dict[str, Constant]:
-    """Reads the weights of an exported file as they are stored.
+    """Read the weights of an exported file as they are stored.
 
     Args:
       path: path of the file.
@@ -173,7 +173,7 @@ def read_constants(
 
 
 def _static_grids(graph: Any, entries: EntryCounter) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields weights that are multiplied with int8 activations, and the activations' grids."""
+    """Yield weights that are multiplied with int8 activations, and the activations' grids."""
     for index in entries(graph.OperatorsLength()):
         operator = graph.Operators(index)
         if operator.InputsLength() < 2 or not operator.OutputsLength():
@@ -216,14 +216,14 @@ def _constant(model: Any, graph: Any, tensor: Any, names: dict[int, str], conten
 
 
 def _bytes_of(buffer: Any, content: np.ndarray) -> np.ndarray:
-    """Returns the bytes of a buffer as a view, without allocating memory for sparse files."""
+    """Return the bytes of a buffer as a view, without allocating memory for sparse files."""
     if buffer.Offset():
         return content[buffer.Offset() : buffer.Offset() + buffer.Size()]
     return buffer.DataAsNumpy() if buffer.DataLength() else np.zeros(0, np.uint8)
 
 
 def mark_verified(path: str | Path) -> None:
-    """Marks the descriptions of an exported file as verified.
+    """Mark the descriptions of an exported file as verified.
 
     Args:
       path: path of the file.
@@ -238,7 +238,7 @@ def mark_verified(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path, start: int = 0, size: int | None = None) -> Iterator[tuple[Any, np.ndarray]]:
-    """Maps a file into memory and opens its root table.
+    """Map a file into memory and open its root table.
 
     Args:
       path: path of the file, which must be a regular file.

@@ -22,7 +22,7 @@ SMALL_BUFFER = 1024
 
 
 def schema() -> Any:
-    """Imports the generated classes of the TFLite schema."""
+    """Import the generated classes of the TFLite schema."""
     return require("ai_edge_litert.schema_py_generated", extra="export")
 
 
@@ -78,12 +78,12 @@ class FlatModel:
         self._names = {v: k for k, v in vars(self.schema.BuiltinOperator).items() if k[0] != "_"}
 
     def operator_name(self, operator: Any) -> str:
-        """Returns the builtin name of an operator, such as `FULLY_CONNECTED`."""
+        """Return the builtin name of an operator, such as `FULLY_CONNECTED`."""
         code = self.model.operatorCodes[operator.opcodeIndex]
         return self._names[max(code.builtinCode, code.deprecatedBuiltinCode)]
 
     def operator_names(self) -> set[str]:
-        """Returns builtin names of all operators of all signatures, `CUSTOM` for custom ones."""
+        """Return builtin names of all operators of all signatures, `CUSTOM` for custom ones."""
         return {
             self.operator_name(operator)
             for graph in self.model.subgraphs
@@ -91,7 +91,7 @@ class FlatModel:
         }
 
     def attach(self, weights: Mapping[str, tuple[str, Constant]], in_float32: bool = False) -> None:
-        """Converts weight inputs of every signature to constants, each stored once.
+        """Convert weight inputs of every signature to constants, each stored once.
 
         Args:
           weights: `(path, constant)` by input name.
@@ -131,7 +131,7 @@ class FlatModel:
         return data, 0 if scale is None or not constant.block_size else self.add_buffer(scale)
 
     def _widen(self, graph: Any, index: int, constant: Constant) -> int:
-        """Adds a tensor that operators convert to the float32 tensor `index`; returns its index."""
+        """Add a tensor that operators convert to the float32 tensor `index`; return its index."""
         version = DEQUANTIZE_VERSIONS[constant.type]
         code = self._operator_code("DEQUANTIZE", version)
         source = self.add_tensor(graph, "", constant.shape, constant.type.upper())
@@ -199,7 +199,7 @@ class FlatModel:
         constant: Constant,
         rounded: dict[tuple[int, int, ActivationGrid], int],
     ) -> None:
-        """Rounds the input and output of a product to the grids of its constant.
+        """Round the input and output of a product to the grids of its constant.
 
         Args:
           graph: subgraph of the product.
@@ -289,7 +289,7 @@ class FlatModel:
         return len(self.model.operatorCodes) - 1
 
     def add_buffer(self, array: np.ndarray) -> int:
-        """Appends the bytes of an array as a buffer and returns its index."""
+        """Append the bytes of an array as a buffer and return its index."""
         buffer = self.schema.BufferT()
         buffer.data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self.model.buffers.append(buffer)
@@ -298,7 +298,7 @@ class FlatModel:
     def add_tensor(
         self, graph: Any, name: str, shape: tuple[int, ...], type: str, buffer: int = 0
     ) -> int:
-        """Appends a tensor to a subgraph and returns its index."""
+        """Append a tensor to a subgraph and return its index."""
         tensor = self.schema.TensorT()
         tensor.name, tensor.shape = name.encode(), np.asarray(shape, np.int32)
         tensor.type, tensor.buffer = getattr(self.schema.TensorType, type), buffer
@@ -306,7 +306,7 @@ class FlatModel:
         return len(graph.tensors) - 1
 
     def add_metadata(self, fields: Mapping[str, Any]) -> None:
-        """Replaces the converter's metadata with a JSON object for `read_metadata`.
+        """Replace the converter's metadata with a JSON object for `read_metadata`.
 
         The converter's metadata names the oldest runtime for the graph without weights.
         """
@@ -316,7 +316,7 @@ class FlatModel:
         self.model.metadata = [entry]
 
     def compact(self, names: Collection[bytes] = ()) -> None:
-        """Removes unused tensors and buffers, and the names of unnamed results.
+        """Remove unused tensors and buffers, and the names of unnamed results.
 
         Args:
           names: names that are kept although they look like generated ones.

@@ -100,7 +100,7 @@ class ExportedFunction:
     params: Params = field(repr=False)
 
     def run(self, **inputs: Any) -> dict[str, np.ndarray]:
-        """Runs the file in LiteRT, in a separate process.
+        """Run the file in LiteRT, in a separate process.
 
         Args:
           **inputs: input arrays by name.
@@ -126,7 +126,7 @@ class ExportedFunction:
         seed: int = 0,
         check: bool = True,
     ) -> FunctionVerification:
-        """Runs the file and the JAX function on the same inputs.
+        """Run the file and the JAX function on the same inputs.
 
         Args:
           examples: a few sets of input arrays by name. None draws normal values, or zeros and ones
@@ -198,7 +198,7 @@ def function(
     examples: Iterable[Mapping[str, np.ndarray]] | None = None,
     overwrite: bool = False,
 ) -> ExportedFunction:
-    """Writes a function of parameters as a `.tflite` file of one signature, builtin operators only.
+    """Write a function of parameters as a `.tflite` file of one signature, builtin operators only.
 
     The converter folds constants: a batch norm at inference merges into the convolution before it,
     and so does a ReLU after it. Integers are preserved. For a `Quantized` parameter the file stores
@@ -267,7 +267,7 @@ def function(
 
 
 def _check_call(function: Any, params: Any, inputs: Any, path: Any) -> None:
-    """Rejects arguments that are swapped or have the wrong type.
+    """Reject arguments that are swapped or have the wrong type.
 
     Args:
       function: argument of `function`.
@@ -309,7 +309,7 @@ class _Dequantized(Quantized):
 
 
 def _to_stored(params: Params) -> tuple[dict[str, Constant], Params, list[Conversion]]:
-    """Returns the constants of quantized parameters, all stored parameters, and the conversions."""
+    """Return the constants of quantized parameters, all stored parameters, and the conversions."""
     constants, conversions = {}, []
 
     def stored(path: str, leaf: Any) -> Any:
@@ -350,7 +350,7 @@ def _to_constant(path: str, box: Quantized) -> tuple[Constant, Quantized, list[C
 
 
 def _with_constants(function: Function, params: Params) -> tuple[Function, set[int]]:
-    """Rewrites the function to take dense matrices [..., out, in] by path.
+    """Rewrite the function to take dense matrices [..., out, in] by path.
 
     Returns:
       The rewritten function, and the ids of its plain arrays.
@@ -372,7 +372,7 @@ def _with_constants(function: Function, params: Params) -> tuple[Function, set[i
 
 
 def _row_shapes(params: Params, constants: Mapping[str, Constant]) -> dict[str, tuple[int, ...]]:
-    """Returns shapes of the quantized parameters as matrices [..., out, in] by path."""
+    """Return shapes of the quantized parameters as matrices [..., out, in] by path."""
     return {
         path: (*leaf.data.shape[:-1], leaf.columns)
         for path, leaf in boxes.path_items(params)
@@ -387,7 +387,7 @@ def _check_closure(
     constants: Mapping[str, Constant],
     params: Params,
 ) -> None:
-    """Rejects packed integers that the function closes over instead of taking as parameters."""
+    """Reject packed integers that the function closes over instead of taking as parameters."""
     structs = {
         path: jax.ShapeDtypeStruct(shape, jnp.float32)
         for path, shape in _row_shapes(params, constants).items()
@@ -447,7 +447,7 @@ def _calibrate(
     inputs: Inputs,
     examples: Iterable[Mapping[str, np.ndarray]],
 ) -> bytes:
-    """Converts a function to a file with int8 grids chosen by the converter."""
+    """Convert a function to a file with int8 grids chosen by the converter."""
     jax2tf, tf = tensorflow()
     lowered = jax2tf.convert(expand_erf(function), with_gradient=False)
     specs = {

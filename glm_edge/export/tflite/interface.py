@@ -19,7 +19,7 @@ def checked_graphs(
     prefill_logits: bool,
     attended_slots: Iterable[int] = (),
 ) -> dict[str, Graph]:
-    """Reads a file's signatures and compares them with its description.
+    """Read a file's signatures and compare them with its description.
 
     Args:
       path: path of the file.
@@ -53,7 +53,7 @@ def checked_graphs(
 def _check_sizes(
     graphs: dict[str, Graph], config: GLMConfig, lengths: list[int], attended: list[int]
 ) -> None:
-    """Rejects counts that would take long to list."""
+    """Reject counts that would take long to list."""
     caches = sum(name.startswith(f"{CACHE}k_") for name in graphs[DECODE].inputs)
     if config.decoder.num_layers != caches:
         raise ValueError(f"{config.decoder.num_layers} layers, caches of {caches}")

@@ -78,7 +78,7 @@ class Graph:
 
 
 def read_graphs(path: str | Path) -> list[Graph]:
-    """Reads the graphs of a TFLite file, without its weights.
+    """Read the graphs of a TFLite file, without its weights.
 
     Args:
       path: path of the file.
@@ -241,7 +241,7 @@ class _Reader:
         )
 
     def _fields(self, operator: Any) -> dict[str, Any]:
-        """Reads the numeric and boolean options of an operator."""
+        """Read the numeric and boolean options of an operator."""
         kind, table = operator.BuiltinOptionsType(), operator.BuiltinOptions()
         if not kind or table is None:
             return {}

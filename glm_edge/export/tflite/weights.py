@@ -58,7 +58,7 @@ class TFLiteWeights:
 
 
 def to_tflite_weights(params: Params) -> TFLiteWeights:
-    """Converts parameters to the terms of TFLite.
+    """Convert parameters to the terms of TFLite.
 
     Args:
       params: arrays, `Masked` (stored dense, with zeros) or symmetric `Quantized` integers. int8,
@@ -81,7 +81,7 @@ def to_tflite_weights(params: Params) -> TFLiteWeights:
 
 
 def to_constant(path: str, leaf: Any) -> tuple[Constant, Any, list[Conversion]]:
-    """Converts one parameter.
+    """Convert one parameter.
 
     Args:
       path: path of the parameter.
@@ -109,7 +109,7 @@ def to_constant(path: str, leaf: Any) -> tuple[Constant, Any, list[Conversion]]:
 
 
 def _fits_half(values: np.ndarray) -> bool:
-    """Returns True for a matrix of 16-bit floats that float16 represents exactly."""
+    """Return True for a matrix of 16-bit floats that float16 represents exactly."""
     if values.ndim != 2 or values.dtype.itemsize != 2:
         return False
     if values.dtype == np.float16:
@@ -144,7 +144,7 @@ def _from_box(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conv
 def with_storable_scales(
     path: str, box: Quantized, half: bool
 ) -> tuple[Quantized, list[Conversion]]:
-    """Replaces the scales of a box with scales that a file can store.
+    """Replace the scales of a box with scales that a file can store.
 
     Args:
       path: path of the parameter.
@@ -196,7 +196,7 @@ def with_storable_scales(
 
 
 def _half_scales(path: str, scale: np.ndarray) -> np.ndarray:
-    """Returns positive scales that both float16, the file's type, and bfloat16 represent."""
+    """Return positive scales that both float16, the file's type, and bfloat16 represent."""
     size = np.abs(scale).astype(ml_dtypes.bfloat16).astype(np.float32)
     if size.max(initial=0.0) > LARGEST_HALF:
         raise ExportError(
@@ -208,7 +208,7 @@ def _half_scales(path: str, scale: np.ndarray) -> np.ndarray:
 
 
 def _not_static(path: str, box: Quantized) -> str | None:
-    """Returns the reason why products with a box cannot use its static ranges, or None."""
+    """Return the reason why products with a box cannot use its static ranges, or None."""
     if path == LOOKED_UP:
         return "because it is also used for lookups"
     if box.output_scale is None:
@@ -227,7 +227,7 @@ def _grid(path: str, box: Quantized, side: str) -> ActivationGrid:
 
 
 def _to_runnable(path: str, box: Quantized) -> tuple[Quantized, list[Conversion]]:
-    """Converts a box to a format that LiteRT runs, with the same dense weight."""
+    """Convert a box to a format that LiteRT runs, with the same dense weight."""
     form, qtype = box.format, check_box(path, box, TFLITE)
     per_channel = box.scale.shape[-1] == 1
     # Widens the type until a row fills complete bytes.

@@ -58,7 +58,7 @@ class GraphDirectoryRunner(SignatureRunner):
         self._worker = InterpreterProcess(self.path, num_threads, timeout, self.runtime)
 
     def _check_files(self) -> None:
-        """Rejects a graph that is missing, a pipe, or a link to outside the directory."""
+        """Reject a graph that is missing, a pipe, or a link to outside the directory."""
         names = ["embed", *(["vision"] if self.config.vision is not None else [])]
         names += ["speech"] if self.config.speech is not None else []
         for length in (1, *self.prefill_lengths):
@@ -74,7 +74,7 @@ class GraphDirectoryRunner(SignatureRunner):
         file_inside(self.path, WEIGHTS, ExportError)
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one signature on arrays that match its shapes exactly.
+        """Run one signature on arrays that match its shapes exactly.
 
         Args:
           signature: name of the signature.
@@ -99,7 +99,7 @@ class GraphDirectoryRunner(SignatureRunner):
     def read_weights(
         self, shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> dict[str, Weight]:
-        """Reads the weights of the directory as its graphs store them.
+        """Read the weights of the directory as its graphs store them.
 
         Args:
           shapes: required dense shapes of the parameters by path; None accepts any.
@@ -113,5 +113,5 @@ class GraphDirectoryRunner(SignatureRunner):
         return READERS[self.runtime](self.path, shapes)
 
     def close(self) -> None:
-        """Ends the process, which also ends when this object is deleted."""
+        """End the process, which also ends when this object is deleted."""
         self._worker.close()

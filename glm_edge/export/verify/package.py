@@ -21,7 +21,7 @@ class Package(ExportedDirectory):
         seed: int = 0,
         check: bool = True,
     ) -> Verification:
-        """Runs the directory in onnxruntime or MNN and compares it with the JAX model.
+        """Run the directory in onnxruntime or MNN and compare it with the JAX model.
 
         See `glm_edge.export.verify` for the arguments.
         """

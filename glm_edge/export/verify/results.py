@@ -113,7 +113,7 @@ class Verification:
 
 
 def compute_of(params: Any) -> str:
-    """Returns LiteRT's arithmetic for parameters: `int8_static` if they have static grids.
+    """Return LiteRT's arithmetic for parameters: `int8_static` if they have static grids.
 
     Args:
       params: parameters with the stored values.
@@ -127,7 +127,7 @@ def compute_of(params: Any) -> str:
 
 
 def threshold_of(compute: str, float32: bool = False) -> float:
-    """Returns the minimum agreement of a file with a JAX model.
+    """Return the minimum agreement of a file with a JAX model.
 
     Args:
       compute: arithmetic of the JAX model.
@@ -149,7 +149,7 @@ def conclude(
     float32: bool = False,
     **measured: Any,
 ) -> Verification:
-    """Builds the result of a comparison.
+    """Build the result of a comparison.
 
     Args:
       path: path of the file, for messages.

@@ -57,7 +57,7 @@ class SignatureRunner:
         self.attended_slots = sorted(attended_slots)
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one signature on arrays that match its shapes exactly.
+        """Run one signature on arrays that match its shapes exactly.
 
         Args:
           signature: name of the signature.
@@ -69,7 +69,7 @@ class SignatureRunner:
         raise NotImplementedError
 
     def encode_images(self, image: np.ndarray) -> np.ndarray:
-        """Encodes one image [height, width, channels] to features [M, D].
+        """Encode one image [height, width, channels] to features [M, D].
 
         Args:
           image: pixels [height, width, channels].
@@ -85,7 +85,7 @@ class SignatureRunner:
         return self._encode("vision", "images", image, shape)
 
     def encode_audio(self, audio: np.ndarray) -> np.ndarray:
-        """Encodes the log-mel frames [num_frames, mel_bins] of one recording to features [M, D].
+        """Encode the log-mel frames [num_frames, mel_bins] of one recording to features [M, D].
 
         Args:
           audio: log-mel frames [num_frames, mel_bins].
@@ -116,7 +116,7 @@ class SignatureRunner:
         image: np.ndarray | None = None,
         audio: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Embeds tokens, with encoded image and speech at their placeholders.
+        """Embed tokens, with encoded image and speech at their placeholders.
 
         Args:
           tokens: token ids, int [T].
@@ -151,7 +151,7 @@ class SignatureRunner:
         image: np.ndarray | None = None,
         audio: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Computes logits of the next token at every position of a text.
+        """Compute logits of the next token at every position of a text.
 
         Args:
           tokens: token ids, int [T], with placeholders for features.
@@ -173,7 +173,7 @@ class SignatureRunner:
         audio: np.ndarray | None = None,
         max_new_tokens: int = 16,
     ) -> list[int]:
-        """Extends a prompt by the top-1 token until a stop token, which is included.
+        """Extend a prompt by the top-1 token until a stop token, which is included.
 
         Args:
           tokens: token ids, int [T].
@@ -205,7 +205,7 @@ class SignatureRunner:
         cache: dict[str, np.ndarray],
         every_position: bool = False,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Runs embedded tokens, starting at a slot of the cache.
+        """Run embedded tokens, starting at a slot of the cache.
 
         If prefill returns no logits, the last token is decoded after the others, or every token if
         `every_position` is set.
@@ -241,7 +241,7 @@ class SignatureRunner:
         return np.concatenate(logits) if every_position else logits[-1][-1:], cache
 
     def attended(self, slot: int, length: int) -> int | None:
-        """Returns the attended slots of the fastest signature for some tokens; None for all.
+        """Return the attended slots of the fastest signature for some tokens; None for all.
 
         Args:
           slot: slot of the first token.
@@ -254,7 +254,7 @@ class SignatureRunner:
         return next((attended for attended in fitting if slot + length <= attended), None)
 
     def looking_at_all_slots(self) -> Self:
-        """Returns a copy in the same runtime whose signatures attend to all slots.
+        """Return a copy in the same runtime whose signatures attend to all slots.
 
         Returns:
           The copy, which shares the runtime.
@@ -266,7 +266,7 @@ class SignatureRunner:
     def step_inputs(
         self, embedded: np.ndarray, slot: int, length: int, attended: int | None = None
     ) -> dict[str, np.ndarray]:
-        """Makes the inputs of `decode` or `prefill_<length>` except the cache.
+        """Make the inputs of `decode` or `prefill_<length>` except the cache.
 
         Args:
           embedded: embedded tokens, at most [length, D]; missing rows are padded.
@@ -294,7 +294,7 @@ class SignatureRunner:
         return range(start, end)
 
     def _chunks(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Splits slots `start..end` into `(start, end, length of the signature)`."""
+        """Split slots `start..end` into `(start, end, length of the signature)`."""
         self._within(start, end)
         while start < end:
             free = self.cache_slots - start
@@ -305,7 +305,7 @@ class SignatureRunner:
             start += length
 
     def empty_cache(self) -> dict[str, np.ndarray]:
-        """Makes an empty cache; its keys are the input names of the signatures.
+        """Make an empty cache; its keys are the input names of the signatures.
 
         Returns:
           Zeros [1, K, S, H] and [1, K, H, S] by name.
@@ -376,7 +376,7 @@ class LiteRTRunner(SignatureRunner):
             raise ExportError(f"{path}: LiteRT cannot load it: {error}") from error
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one signature on arrays that match its shapes exactly."""
+        """Run one signature on arrays that match its shapes exactly."""
         if self._worker is not None:
             graph = self._graphs[signature]
             tensors = graph.inputs, graph.outputs
@@ -391,7 +391,7 @@ class LiteRTRunner(SignatureRunner):
                 return self._runners[signature](**inputs)
 
     def close(self) -> None:
-        """Ends the process of an isolated file, which also ends when this object is deleted."""
+        """End the process of an isolated file, which also ends when this object is deleted."""
         if self._worker is not None:
             self._worker.close()
 
@@ -404,7 +404,7 @@ def run_checked(
     takes: Mapping[str, Tensor],
     gives: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Runs a signature in another process, which keeps outputs that are named like inputs.
+    """Run a signature in another process, which keeps outputs that are named like inputs.
 
     Args:
       process: process that runs it.
@@ -456,7 +456,7 @@ class JaxRunner(SignatureRunner):
         self._functions = _compiled(model, lengths, cache_slots, prefill_logits)
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one signature on arrays that match its shapes exactly."""
+        """Run one signature on arrays that match its shapes exactly."""
         outputs = self._functions[signature](self._params, inputs)
         return {name: np.array(value) for name, value in outputs.items()}
 
@@ -465,13 +465,13 @@ class JaxRunner(SignatureRunner):
 def _compiled(
     model: MultimodalGLM, lengths: tuple[int, ...], cache_slots: int, prefill_logits: bool
 ) -> dict[str, Any]:
-    """Compiles the functions of a model once for comparisons with any number of its files."""
+    """Compile the functions of a model once for comparisons with any number of its files."""
     entries = signatures(model, lengths, cache_slots, prefill_logits)
     return {entry.name: jax.jit(entry.function) for entry in entries}
 
 
 def _argmax(scores: np.ndarray) -> int:
-    """Returns the top-1 token of scores [V].
+    """Return the top-1 token of scores [V].
 
     Raises:
       DataError: the logits are not finite.

@@ -54,7 +54,7 @@ def verify(
     check: bool = True,
     isolated: bool = True,
 ) -> Verification:
-    """Runs an exported file and compares it with the JAX model of the same codes.
+    """Run an exported file and compare it with the JAX model of the same codes.
 
     A `.tflite` file runs in LiteRT. The graphs of a directory run in onnxruntime or MNN, in float32
     on dequantized weights. Before that, its codes and scales are compared with the model's bit for
@@ -156,7 +156,7 @@ def verify(
 def signature_distances(
     reference: SignatureRunner, runner: SignatureRunner, seed: int = 0
 ) -> dict[str, float]:
-    """Measures the distance between each signature of a file and its JAX function.
+    """Measure the distance between each signature of a file and its JAX function.
 
     Args:
       reference: runner of the JAX functions.
@@ -188,7 +188,7 @@ def signature_distances(
 
 
 def _logits_of_steps(runner: SignatureRunner, rows: np.ndarray, attended: int | None) -> np.ndarray:
-    """Runs the signature for these rows, and then one decoding step if a slot is free."""
+    """Run the signature for these rows, and then one decoding step if a slot is free."""
     length = len(rows)
     inputs = runner.step_inputs(rows, 0, length, attended)
     cache = runner.run(step_name(length, attended), **inputs, **runner.empty_cache())
@@ -205,7 +205,7 @@ def _distance(expected: np.ndarray, measured: np.ndarray) -> float:
 
 
 def random_windows(runner: SignatureRunner, seed: int) -> list[Window]:
-    """Draws texts with at least 1,000 positions in total, a third each with image and speech.
+    """Draw texts with at least 1,000 positions in total, a third each with image and speech.
 
     Args:
       runner: runner whose model and cache the windows fit.
@@ -237,7 +237,7 @@ def random_windows(runner: SignatureRunner, seed: int) -> list[Window]:
 
 
 def _ordinary_tokens(config: GLMConfig) -> np.ndarray:
-    """Lists the tokens that are not placeholders."""
+    """List the tokens that are not placeholders."""
     placeholders = {config.image_token_id, config.audio_token_id} - {None}
     return np.setdiff1d(np.arange(config.decoder.vocab_size), list(placeholders))
 

@@ -31,7 +31,7 @@ RUNTIMES = {
 
 
 def require_runtime(runtime: str) -> str:
-    """Returns the name of a runtime of `RUNTIMES`, if it is installed.
+    """Return the name of a runtime of `RUNTIMES`, if it is installed.
 
     Args:
       runtime: key of `RUNTIMES`.
@@ -117,7 +117,7 @@ class InterpreterProcess:
     def run(
         self, signature: str, inputs: Mapping[str, Any], keep: Iterable[str] = ()
     ) -> dict[str, Any]:
-        """Runs a signature.
+        """Run a signature.
 
         Args:
           signature: name of the signature.
@@ -148,7 +148,7 @@ class InterpreterProcess:
         return {**outputs, **stayed}
 
     def fetch(self, key: int) -> np.ndarray:
-        """Copies an array from the process.
+        """Copy an array from the process.
 
         Args:
           key: key of the array in the other process.
@@ -159,7 +159,7 @@ class InterpreterProcess:
         return self._ask({"do": "fetch", "key": key}, {}, "return an array")[1]["array"]
 
     def reply(self, content: Any, max_new_tokens: int, same: bool = False) -> tuple[str, int]:
-        """Requests the greedy answer of a bundle's engine to a user's message.
+        """Request the greedy answer of a bundle's engine to a user's message.
 
         Args:
           content: text, or a list of LiteRT-LM's parts as JSON values.
@@ -180,7 +180,7 @@ class InterpreterProcess:
         return text, tokens
 
     def close(self) -> None:
-        """Ends the process after its current answer. The object cannot be used afterwards."""
+        """End the process after its current answer. The object cannot be used afterwards."""
         with self._lock:
             self._close()
 
@@ -222,7 +222,7 @@ class InterpreterProcess:
         self._process.kill()
 
     def _cause(self, task: str, late: threading.Event) -> str:
-        """Returns the reason for a missing answer."""
+        """Return the reason for a missing answer."""
         try:
             # A process that crashes closes its pipes shortly before it ends.
             code = self._process.wait(timeout=5)

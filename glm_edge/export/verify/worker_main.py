@@ -30,7 +30,7 @@ class ProtocolError(Exception):
 
 
 def send(stream: BinaryIO, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a message.
+    """Write a message.
 
     Args:
       stream: stream to write to.
@@ -48,7 +48,7 @@ def send(stream: BinaryIO, fields: Mapping[str, Any], arrays: Mapping[str, np.nd
 
 
 def receive(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """Reads a message.
+    """Read a message.
 
     Args:
       stream: stream to read from.
@@ -97,7 +97,7 @@ class LiteRTRuntime:
         self._runners: dict[str, Any] = {}
 
     def run(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs a signature."""
+        """Run a signature."""
         if signature not in self._runners:
             self._runners[signature] = self._interpreter.get_signature_runner(signature)
         return self._runners[signature](**inputs)
@@ -118,7 +118,7 @@ class ONNXRuntime:
         self._sessions: dict[str, Any] = {}
 
     def run(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs a graph; cache outputs get the names of the cache inputs."""
+        """Run a graph; cache outputs get the names of the cache inputs."""
         if signature not in self._sessions:
             graph = os.path.join(self._path, f"{signature}.onnx")
             self._sessions[signature] = self._library.InferenceSession(
@@ -140,7 +140,7 @@ class MNNRuntime:
         self._opened: dict[str, Any] = {}
 
     def run(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs a graph; cache outputs get the names of the cache inputs."""
+        """Run a graph; cache outputs get the names of the cache inputs."""
         if signature not in self._opened:
             interpreter = self._library.Interpreter(os.path.join(self._path, f"{signature}.mnn"))
             interpreter.setExternalFile(os.path.join(self._path, "weights.bin"))
@@ -186,7 +186,7 @@ class LiteRTLMRuntime:
         self._conversation: Any = None
 
     def reply(self, content: Any, max_new_tokens: int, same: bool) -> tuple[str, int]:
-        """Answers a user's message.
+        """Answer a user's message.
 
         Args:
           content: text or parts.
@@ -227,7 +227,7 @@ class Worker:
     def handle(
         self, fields: dict[str, Any], arrays: dict[str, np.ndarray]
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Handles one request."""
+        """Handle one request."""
         for key in fields.get("drop", ()):
             self._arrays.pop(key, None)
         if fields["do"] == "load":
@@ -266,7 +266,7 @@ def _bytes_of(path: str) -> int:
 
 
 def _limit(file_bytes: int, copies: int) -> None:
-    """Prevents a hostile file from exhausting memory, or writing a core dump."""
+    """Prevent a hostile file from exhausting memory, or writing a core dump."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -279,7 +279,7 @@ def _limit(file_bytes: int, copies: int) -> None:
 
 @contextlib.contextmanager
 def _answers_only() -> Iterator[BinaryIO]:
-    """Reserves standard output for answers; output of libraries goes to standard error."""
+    """Reserve standard output for answers; output of libraries goes to standard error."""
     answers = os.dup(1)
     os.dup2(2, 1)
     with os.fdopen(answers, "wb") as stream:
@@ -287,7 +287,7 @@ def _answers_only() -> Iterator[BinaryIO]:
 
 
 def main() -> None:
-    """Answers requests until the other process closes the pipe."""
+    """Answer requests until the other process closes the pipe."""
     # The parent process handles an interrupt at the terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     worker = Worker()

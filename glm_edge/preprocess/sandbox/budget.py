@@ -34,7 +34,7 @@ class Budget:
     """
 
     def __init__(self, values: int = 0, characters: int = 0) -> None:
-        """Creates a full budget.
+        """Create a full budget.
 
         Args:
           values: count of JSON values in the template's inputs.
@@ -45,7 +45,7 @@ class Budget:
         self.output = MAX_OUTPUT + OUTPUT_PER_CHARACTER * characters
 
     def step(self, count: int = 1) -> None:
-        """Counts steps.
+        """Count steps.
 
         Raises:
           TemplateLimitError: the budget of steps is exhausted.
@@ -55,11 +55,11 @@ class Budget:
             raise TemplateLimitError(f"takes more than {self._max_steps} steps")
 
     def touch(self, characters: int) -> None:
-        """Counts the steps of reading a text."""
+        """Count the steps of reading a text."""
         self.step(1 + characters // CHARACTERS_PER_STEP)
 
     def search(self, characters: int, wanted: int, backwards: bool = False) -> None:
-        """Counts the steps of searching a text.
+        """Count the steps of searching a text.
 
         Python's forward search in a long text takes linear time. A backward search, and a search
         in a short text, may compare the complete pattern at each character.
@@ -75,7 +75,7 @@ class Budget:
             self.touch(max(characters - wanted + 1, 0) * wanted)
 
     def reserve(self, size: int) -> None:
-        """Counts bytes before they are allocated.
+        """Count bytes before they are allocated.
 
         Raises:
           TemplateLimitError: the budget of bytes is exhausted.
@@ -86,17 +86,17 @@ class Budget:
         self.step(size // (CHARACTERS_PER_STEP * 4))
 
     def items(self, count: int) -> None:
-        """Counts the elements of a list before it is created."""
+        """Count the elements of a list before it is created."""
         self.step(count // 8)
         self.reserve(count * OBJECT_BYTES)
 
     def made(self, text: str) -> str:
-        """Counts the bytes of a new text, and returns it."""
+        """Count the bytes of a new text, and return it."""
         self.reserve(sys.getsizeof(text))
         return text
 
     def number(self, value: Any) -> Any:
-        """Returns a number after checking its count of digits.
+        """Return a number after checking its count of digits.
 
         Raises:
           TemplateLimitError: an integer has too many bits.
@@ -114,11 +114,11 @@ class Keys:
     """
 
     def __init__(self, budget: Budget) -> None:
-        """Creates a counter without keys."""
+        """Create a counter without keys."""
         self._budget, self._alike = budget, 0
 
     def add(self, key: Any) -> Any:
-        """Counts the comparisons of a new key with earlier keys, and returns it."""
+        """Count the comparisons of a new key with earlier keys, and return it."""
         if not isinstance(key, str):
             self._budget.step(self._alike // COMPARED_PER_STEP)
             large = isinstance(key, int) and abs(key) > MAX_OWN_HASH
@@ -130,12 +130,12 @@ class Sink:
     """Output of a template, written in pieces."""
 
     def __init__(self, budget: Budget) -> None:
-        """Creates an empty output."""
+        """Create an empty output."""
         self._budget, self._length = budget, 0
         self._pieces: list[str] = []
 
     def write(self, text: str) -> None:
-        """Appends text.
+        """Append text.
 
         Raises:
           TemplateLimitError: the output exceeds the budget.
@@ -147,5 +147,5 @@ class Sink:
         self._pieces.append(text)
 
     def text(self) -> str:
-        """Returns the complete output."""
+        """Return the complete output."""
         return self._budget.made("".join(self._pieces))

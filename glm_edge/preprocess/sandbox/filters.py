@@ -56,7 +56,7 @@ class Filters:
     """Filters and tests of one rendering."""
 
     def __init__(self, interpreter: "Interpreter") -> None:
-        """Binds the filters to an interpreter.
+        """Bind the filters to an interpreter.
 
         Args:
           interpreter: interpreter of the rendering, which compares values and counts steps.
@@ -64,7 +64,7 @@ class Filters:
         self._run, self._budget = interpreter, interpreter.budget
 
     def apply(self, name: str, value: Any, args: list[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Applies a filter.
+        """Apply a filter.
 
         Raises:
           TemplateAssertionError: the name of the filter is unknown.
@@ -76,7 +76,7 @@ class Filters:
         return function(value, *args, **kwargs)
 
     def test(self, name: str, value: Any, args: list[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Applies a test.
+        """Apply a test.
 
         Raises:
           TemplateAssertionError: the name of the test is unknown.
@@ -89,7 +89,7 @@ class Filters:
         return test(value, *args, **kwargs)
 
     def _named(self, kind: str, name: Any) -> Callable[..., Any] | None:
-        """Looks up a filter or test by name; the name may be any value of a template."""
+        """Look up a filter or test by name; the name may be any value of a template."""
         if not isinstance(name, str) or len(name) > MAX_NAME:
             return None
         name = ALIASES.get(name, name)
@@ -147,7 +147,7 @@ class Filters:
         return [items[index] for index in order]
 
     def _size(self, value: Any) -> int:
-        """Counts values and characters, one step each; shared values count repeatedly."""
+        """Count values and characters, one step each; shared values count repeatedly."""
         self._budget.step()
         if isinstance(value, str):
             self._budget.touch(len(value))
@@ -342,7 +342,7 @@ class Filters:
         return self._budget.made(text)
 
     def _json_extent(self, value: Any) -> tuple[int, int]:
-        """Measures the depth of a JSON value and a bound of its characters without indents."""
+        """Measure the depth of a JSON value and a bound of its characters without indents."""
         self._budget.step()
         if isinstance(value, str):
             self._budget.touch(len(value))

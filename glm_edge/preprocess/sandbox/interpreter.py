@@ -66,7 +66,7 @@ class Interpreter:
     """
 
     def __init__(self, values: Mapping[str, Any], budget: Budget, marks: Marks) -> None:
-        """Prepares a rendering.
+        """Prepare a rendering.
 
         Args:
           values: variables of the template by name. JSON values are not modified; functions must
@@ -89,7 +89,7 @@ class Interpreter:
         )
 
     def render(self, template: nodes.Template) -> str:
-        """Runs a template.
+        """Run a template.
 
         Args:
           template: tree from `parse`.
@@ -221,7 +221,7 @@ class Interpreter:
     # Expressions.
 
     def evaluate(self, node: nodes.Node, scope: Scope) -> Any:
-        """Evaluates an expression."""
+        """Evaluate an expression."""
         self.budget.step()
         evaluator = EXPRESSIONS.get(type(node))
         if evaluator is None:
@@ -286,7 +286,7 @@ class Interpreter:
         return self.compute(type(node), first, second)
 
     def compute(self, kind: type[nodes.BinExpr], first: Any, second: Any) -> Any:
-        """Applies an operator of `ARITHMETIC` to two values."""
+        """Apply an operator of `ARITHMETIC` to two values."""
         sign, function = ARITHMETIC[kind]
         if type(first) in NUMBERS and type(second) in NUMBERS:
             integers = float not in (type(first), type(second))
@@ -338,7 +338,7 @@ class Interpreter:
         return result
 
     def compare(self, kind: str, first: Any, second: Any) -> Any:
-        """Compares two values with an operator such as `eq`, `lt` or `in`."""
+        """Compare two values with an operator such as `eq`, `lt` or `in`."""
         if kind in ("in", "notin"):
             inside = self._contains(first, second)
             return inside if kind == "in" else not inside
@@ -346,7 +346,7 @@ class Interpreter:
         return COMPARISONS[kind](first, second)
 
     def comparable(self, value: Any) -> Any:
-        """Returns a value without marks, after counting the steps of its comparison."""
+        """Return a value without marks, after counting the steps of its comparison."""
         kind = type(value)
         if kind is str or kind is Safe:
             self.budget.touch(len(value))
@@ -385,7 +385,7 @@ class Interpreter:
         return any(wanted == self.comparable(other) for other in self.iterate(container))
 
     def key(self, value: Any) -> Any:
-        """Returns a value after checking that it can be a key of a dict.
+        """Return a value after checking that it can be a key of a dict.
 
         Raises:
           TypeError: the value cannot be a key.
@@ -442,12 +442,12 @@ class Interpreter:
         return value[bounds]
 
     def undefined(self, value: Any, name: Any) -> jinja2.Undefined:
-        """Returns the undefined value of a missing field or attribute."""
+        """Return the undefined value of a missing field or attribute."""
         shown = f"{type(value).__name__!r} object has no attribute {str(name)[:80]!r}"
         return jinja2.Undefined(shown, name=name)
 
     def item(self, value: Any, name: Any) -> Any:
-        """Returns `value[name]`, or the attribute of that name, as Jinja does."""
+        """Return `value[name]`, or the attribute of that name, as Jinja does."""
         kind = type(value)
         if kind is dict:
             key = self._find_key(value, name)
@@ -460,7 +460,7 @@ class Interpreter:
         return self.undefined(value, self.show(name))
 
     def attribute(self, value: Any, name: str) -> Any:
-        """Returns the attribute of a value, or its field of that name, as Jinja does."""
+        """Return the attribute of a value, or its field of that name, as Jinja does."""
         if type(value) is dict and not hasattr(dict, name):
             key = self._find_key(value, name)
             return self.undefined(value, name) if key is MISSING else value[key]
@@ -540,7 +540,7 @@ class Interpreter:
         return args, kwargs
 
     def call(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Calls a function, macro, cycler, joiner or recursive loop."""
+        """Call a function, macro, cycler, joiner or recursive loop."""
         self.budget.step()
         if isinstance(function, Function | Macro | Cycler | Joiner):
             return function(*args, **kwargs)
@@ -591,7 +591,7 @@ class Interpreter:
         return self._filters.apply(node.name, value, args, kwargs)
 
     def _chain(self, node: nodes.Filter, value: Any, scope: Scope) -> Any:
-        """Applies the chained filters of a block, from the innermost."""
+        """Apply the chained filters of a block, from the innermost."""
         if isinstance(node.node, nodes.Filter):
             value = self._chain(node.node, value, scope)
         return self._filtered(node, value, scope)
@@ -604,7 +604,7 @@ class Interpreter:
     # Values.
 
     def iterate(self, value: Any) -> Iterator[Any]:
-        """Yields the elements of a value, one step each."""
+        """Yield the elements of a value, one step each."""
         if not isinstance(value, jinja2.Undefined):
             value = values_of(value)
         for item in value:
@@ -612,7 +612,7 @@ class Interpreter:
             yield item
 
     def show(self, value: Any) -> str:
-        """Returns the printed text of a value."""
+        """Return the printed text of a value."""
         kind = type(value)
         if kind is str:
             return value
@@ -621,7 +621,7 @@ class Interpreter:
         return self._quote(value)
 
     def _quote(self, value: Any) -> str:
-        """Returns Python's `repr` of a value, with unescaped marks."""
+        """Return Python's `repr` of a value, with unescaped marks."""
         self.budget.step()
         kind = type(value)
         if isinstance(value, str):
@@ -648,7 +648,7 @@ class Interpreter:
         return f"<{kind.__name__.lower()}>"
 
     def _unescape(self, quoted: str) -> str:
-        """Restores marks that `repr` writes as escapes."""
+        """Restore marks that `repr` writes as escapes."""
         self.budget.items(2 * quoted.count("\\"))
         pieces, at = [], 0
         while (start := quoted.find("\\", at)) >= 0:
@@ -707,26 +707,26 @@ class Interpreter:
         return Joiner(separator)
 
     def join(self, separator: str, items: list[str]) -> str:
-        """Joins texts."""
+        """Join texts."""
         self._texts.check_join(separator, items)
         return self.budget.made(separator.join(items))
 
     def method(self, name: str, text: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls a method of a text."""
+        """Call a method of a text."""
         return self._texts.methods[name](text, *args, **kwargs)
 
     def format(self, text: str, values: Any) -> str:
-        """Returns `text % values`."""
+        """Return `text % values`."""
         return self._texts.percent(text, values)
 
     def pieces(self, text: str, pattern: Any) -> list[str]:
-        """Splits a text at a compiled pattern that is one group."""
+        """Split a text at a compiled pattern that is one group."""
         self.budget.items(len(text) // 2)
         return self._texts.cut(text, [x for x in pattern.split(self.plain(text)) if x], 0)
 
 
 def _methods(prefix: str) -> dict[type, Callable[..., Any]]:
-    """Methods of the interpreter by the node that they run."""
+    """Return the methods of the interpreter by the node that they run."""
     kinds = {name.lower(): kind for name, kind in vars(nodes).items() if isinstance(kind, type)}
     names = [name for name in vars(Interpreter) if name.startswith(prefix)]
     return {kinds[name.removeprefix(prefix)]: getattr(Interpreter, name) for name in names}

@@ -35,7 +35,7 @@ class Marks:
     """
 
     def __init__(self, names: Iterable[str] = (), taken: Iterable[str] = ()):
-        """Draws marks.
+        """Draw marks.
 
         Args:
           names: names of special tokens.
@@ -62,14 +62,14 @@ class Marks:
         self._marks = frozenset(free)
 
     def hide(self, text: str) -> str:
-        """Replaces brackets of untrusted text by marks; the length stays equal."""
+        """Replace brackets of untrusted text by marks; the length stays equal."""
         for character, mark in self._pairs:
             if character in text:
                 text = text.replace(character, mark)
         return text
 
     def reveal(self, text: str) -> str:
-        """Replaces marks of a text by their original characters."""
+        """Replace marks of a text by their original characters."""
         if text.isascii():
             return text
         for character, mark in self._pairs:
@@ -78,11 +78,11 @@ class Marks:
         return text
 
     def is_mark(self, character: str) -> bool:
-        """Tests for a mark."""
+        """Test for a mark."""
         return character in self._marks
 
     def hide_all(self, value: Any) -> Any:
-        """Applies `hide` to all strings and field names of a JSON value."""
+        """Apply `hide` to all strings and field names of a JSON value."""
         if not self._pairs:
             return value
         if isinstance(value, str):
@@ -94,7 +94,7 @@ class Marks:
         return value
 
     def hide_message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Applies `hide` to all strings of a message; an answer keeps `ANSWER_TOKENS`."""
+        """Apply `hide` to all strings of a message; an answer keeps `ANSWER_TOKENS`."""
         hidden = self.hide_all(message)
         if message.get("role") == "assistant":
             for name in ANSWER_FIELDS:
@@ -118,7 +118,7 @@ class Marks:
 
 @functools.lru_cache(maxsize=32)
 def _hidden_characters(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Selects characters such that each name contains at least one of them."""
+    """Select characters such that each name contains at least one of them."""
     hidden: set[str] = set()
     for name in names:
         brackets = BRACKETS & set(name)

@@ -44,7 +44,7 @@ class Scope:
     __slots__ = ("_outer", "values")
 
     def __init__(self, values: dict[str, Any], outer: "Scope | None" = None) -> None:
-        """Creates a scope.
+        """Create a scope.
 
         Args:
           values: values by name.
@@ -53,7 +53,7 @@ class Scope:
         self.values, self._outer = values, outer
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Returns the value of a name."""
+        """Return the value of a name."""
         scope: Scope | None = self
         while scope is not None:
             if name in scope.values:
@@ -66,7 +66,7 @@ class Function:
     """A function that a template may call."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        """Wraps a function."""
+        """Wrap a function."""
         self.name, self._function = name, function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +79,7 @@ class Macro:
     def __init__(
         self, name: str, node: nodes.Macro | nodes.CallBlock, scope: Scope, run: Callable[..., str]
     ):
-        """Creates a macro.
+        """Create a macro.
 
         Args:
           name: name of the macro.
@@ -92,14 +92,14 @@ class Macro:
         self._names: frozenset[str] | None = None
 
     def reads(self, name: str) -> bool:
-        """Tests for a name in the body."""
+        """Test for a name in the body."""
         if self._names is None:
             inner = (part for child in self.node.body for part in _with_children(child))
             self._names = frozenset(part.name for part in inner if isinstance(part, nodes.Name))
         return name in self._names
 
     def attributes(self) -> dict[str, Any]:
-        """Returns the attributes that a template may read."""
+        """Return the attributes that a template may read."""
         return {"name": self.name, "arguments": self.arguments, "caller": self.reads("caller")}
 
     def __call__(self, *args: Any, **kwargs: Any) -> str:
@@ -115,11 +115,11 @@ class Namespace:
     """`namespace()`, an object whose fields a template can set."""
 
     def __init__(self) -> None:
-        """Creates an empty namespace."""
+        """Create an empty namespace."""
         self._fields: dict[str, Any] = {}
 
     def set(self, name: str, value: Any) -> None:
-        """Sets a field.
+        """Set a field.
 
         Raises:
           SecurityError: the name begins with an underscore.
@@ -129,7 +129,7 @@ class Namespace:
         self._fields[name] = value
 
     def attributes(self) -> dict[str, Any]:
-        """Returns the fields."""
+        """Return the fields."""
         return self._fields
 
 
@@ -137,7 +137,7 @@ class Cycler:
     """`cycler()`, an object that returns its items in turn."""
 
     def __init__(self, items: tuple[Any, ...]) -> None:
-        """Creates a cycler.
+        """Create a cycler.
 
         Raises:
           RuntimeError: there are no items.
@@ -147,7 +147,7 @@ class Cycler:
         self._items, self._at = items, 0
 
     def attributes(self) -> dict[str, Any]:
-        """Returns what a template may read and call."""
+        """Return what a template may read and call."""
         return {
             "current": self._items[self._at],
             "next": Function("next", self._next),
@@ -170,7 +170,7 @@ class Joiner:
     """`joiner()`, which returns an empty text first, and then the separator."""
 
     def __init__(self, separator: Any) -> None:
-        """Creates a joiner."""
+        """Create a joiner."""
         self._separator, self._used = separator, False
 
     def __call__(self) -> Any:
@@ -191,7 +191,7 @@ class Loop:
         budget: Budget,
         comparable: Callable[[Any], Any],
     ):
-        """Creates a loop.
+        """Create a loop.
 
         Args:
           items: items of the loop.
@@ -233,11 +233,11 @@ class Loop:
         return self._length
 
     def attributes(self) -> "_LoopAttributes":
-        """Returns the attributes that a template may read, each computed on access."""
+        """Return the attributes that a template may read, each computed on access."""
         return _LoopAttributes(self)
 
     def recurse(self, items: Any) -> str:
-        """Runs a recursive loop over other items."""
+        """Run a recursive loop over other items."""
         if self._recurse is None:
             raise TypeError("the loop must have the 'recursive' marker to be called recursively")
         return self._recurse(items)
@@ -255,7 +255,7 @@ class Loop:
         return True
 
     def read(self, name: str) -> Any:
-        """Returns one of `LOOP_NAMES`."""
+        """Return one of `LOOP_NAMES`."""
         undefined = jinja2.Undefined
         match name:
             case "index":
@@ -306,7 +306,7 @@ class _LoopAttributes:
 
 
 def values_of(value: Any) -> Any:
-    """Returns a value as an iterable for a loop.
+    """Return a value as an iterable for a loop.
 
     Raises:
       TypeError: templates must not iterate over this type.

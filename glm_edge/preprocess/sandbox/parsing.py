@@ -33,7 +33,7 @@ _ENVIRONMENT = jinja2.Environment(
 
 @functools.lru_cache(maxsize=16)
 def parse(template: str) -> nodes.Template:
-    """Parses a template without compiling or running it.
+    """Parse a template without compiling or running it.
 
     Args:
       template: Jinja source.

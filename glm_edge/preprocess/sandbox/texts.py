@@ -44,7 +44,7 @@ class Texts:
     """The methods of `str` that templates may call, by name in `methods`."""
 
     def __init__(self, budget: Budget, marks: Marks, show: Callable[[Any], str]) -> None:
-        """Binds the methods.
+        """Bind the methods.
 
         Args:
           budget: budget of the rendering.
@@ -81,7 +81,7 @@ class Texts:
         }
 
     def _read(self, *texts: Any) -> tuple[Any, ...]:
-        """Returns texts without marks, and counts the steps of reading them."""
+        """Return texts without marks, and count the steps of reading them."""
         characters = sum(len(text) for text in texts if isinstance(text, str))
         self._budget.touch(4 * characters)
         return tuple(
@@ -123,7 +123,7 @@ class Texts:
         return pad
 
     def cut(self, text: str, pieces: list[str], gap: int | None) -> list[str]:
-        """Splits the marked text at the splits of its plain text.
+        """Split the marked text at the splits of its plain text.
 
         Args:
           text: text with marks.
@@ -203,7 +203,7 @@ class Texts:
         return self._budget.made(text[: len(plain.rstrip(chars))])
 
     def _stripped(self, text: str, chars: str | None) -> tuple[str, str | None]:
-        """Returns both without marks, and `chars` without duplicates, to count each once."""
+        """Return both without marks, and `chars` without duplicates, to count each once."""
         plain, chars = self._read(text, chars)
         if isinstance(chars, str) and len(chars) > 1:
             self._budget.items(len(chars))
@@ -250,7 +250,7 @@ class Texts:
         return self._budget.made(text.join(items))
 
     def check_join(self, separator: str, items: list[str]) -> None:
-        """Counts the memory of joining texts, before joining."""
+        """Count the memory of joining texts, before joining."""
         self._budget.items(len(items))
         length = len(separator) * len(items) + sum(map(len, items))
         self._budget.reserve(length)
@@ -279,7 +279,7 @@ class Texts:
         return self._budget.made("".join(pieces))
 
     def percent(self, text: str, values: Any) -> str:
-        """Formats as `text % values` does."""
+        """Format as `text % values` does."""
         pieces, at, used = [], 0, 0
         arguments = values if isinstance(values, tuple) else (values,)
         while (start := text.find("%", at)) >= 0:

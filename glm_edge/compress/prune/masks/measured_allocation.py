@@ -111,7 +111,7 @@ def allocate(
 
 
 def _groups(pools: Sequence[Pool], patterns: Sequence[str]) -> dict[str, list[int]]:
-    """Pools by the match of the first pattern that matches their path."""
+    """Return the pools by the match of the first pattern that matches their path."""
     groups: dict[str, list[int]] = {}
     for index, pool in enumerate(pools):
         path = pool.members[0].path
@@ -122,7 +122,7 @@ def _groups(pools: Sequence[Pool], patterns: Sequence[str]) -> dict[str, list[in
 
 
 def _tried(pools: Sequence[Pool], levels: Sequence[float]) -> dict[float, tuple[int, ...]]:
-    """Counts of each level that leaves a unit, without repetitions of a lower level's."""
+    """Count of each level that leaves a unit, without repetitions of a lower level's."""
     counts_by_level: dict[float, tuple[int, ...]] = {}
     for level in levels:
         try:
@@ -137,7 +137,7 @@ def _tried(pools: Sequence[Pool], levels: Sequence[float]) -> dict[float, tuple[
 
 
 def _size(masking: MaskConfig, pool: Pool, count: int, leaves: Mapping[str, Any]) -> int:
-    """Cost of a pool after `count` units of each group are removed."""
+    """Return the cost of a pool after `count` units of each group are removed."""
     return sum(
         math.ceil(_cost(masking, member.path, leaves) * member.weights)
         * (pool.units - count)
@@ -147,7 +147,7 @@ def _size(masking: MaskConfig, pool: Pool, count: int, leaves: Mapping[str, Any]
 
 
 def _cost(masking: MaskConfig, path: str, leaves: Mapping[str, Any]) -> float:
-    """Cost of one weight: bytes, operations, or one."""
+    """Return the cost of one weight: bytes, operations, or one."""
     if masking.budget_bytes is not None:
         return boxes.stored_bytes(leaves[path]) / math.prod(leaves[path].shape)
     if masking.budget_flops is not None:

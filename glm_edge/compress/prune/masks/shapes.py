@@ -255,7 +255,7 @@ def _norm(
     arrangements: tuple[tuple[str, tuple[tuple[str, int], ...]], ...],
     order: float | None,
 ) -> Array:
-    """Norms over the weights of units; matrices `[r, c]` are arranged as `[g, u, w]`."""
+    """Return the norms over the weights of units; matrices `[r, c]` are arranged as `[g, u, w]`."""
     weights = [
         rearrange(matrix, pattern, **dict(sizes))
         for matrix, (pattern, sizes) in zip(matrices, arrangements, strict=True)

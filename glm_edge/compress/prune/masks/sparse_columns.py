@@ -71,7 +71,7 @@ def solve(
 
 
 def _block_of(count: int, block: int, unit: int) -> int:
-    """Largest divisor of `count` up to `block` that is a multiple of `unit`."""
+    """Return the largest divisor of `count` up to `block` that is a multiple of `unit`."""
     sizes = range(unit, min(count, max(block, unit)) + 1, unit)
     return max(size for size in sizes if count % size == 0)
 
@@ -85,7 +85,7 @@ def _by_blocks(
     n_m: tuple[int, int] | None,
     size: int,
 ) -> tuple[Array, Array]:
-    """Errors `W - Q` and the mask, [in, out]."""
+    """Return the errors `W - Q` and the mask, [in, out]."""
 
     def step(errors: Array, index: Array) -> tuple[Array, Array]:
         part = functools.partial(
@@ -154,7 +154,7 @@ def _columns(
 
 @functools.partial(jax.jit, static_argnames="steps")
 def _refined(weight: Array, gram: Array, errors: Array, keep: Array, steps: int) -> Array:
-    """Errors after conjugate gradients on the remaining weights, each output separately."""
+    """Return the errors after conjugate gradients on remaining weights, for each output separately."""
     # Jacobi preconditioner.
     scale = jnp.diagonal(gram)[:, None]
 

@@ -104,7 +104,7 @@ def stack_and_layer(pool: Pool) -> tuple[str, int]:
 
 
 def _heads(stack: Stack, index: int, sizes: Sizes) -> Pool:
-    """Query heads by the key/value head they share; where each has its own, both go."""
+    """Return the query heads by the key/value head they share; where each has its own, both go."""
     heads, kv_heads = stack.config.heads(index), stack.config.kv_heads(index)
     groups = 1 if heads == kv_heads else kv_heads
     inputs, output = stack.head_paths(index)

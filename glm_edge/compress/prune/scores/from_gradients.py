@@ -94,7 +94,7 @@ def _gradients(
     layouts: tuple[tuple[str, Layout], ...],
     pools: tuple[Pool, ...],
 ) -> dict[str, Array]:
-    """Gradient of the losses of all rows of a batch, by path, arranged as matrices."""
+    """Return the gradient of the losses of all rows of a batch, by path, arranged as matrices."""
     gradient = jax.grad(functools.partial(_loss, model, leaves, batch))(_dense(leaves, layouts))
     return {path: layout.matrices(gradient[path]) for path, layout in layouts}
 
@@ -106,7 +106,7 @@ def _terms(
     layouts: tuple[tuple[str, Layout], ...],
     pools: tuple[Pool, ...],
 ) -> dict[str, list[Array]]:
-    """Sums over the rows of a batch of each unit's term, its magnitude and its square."""
+    """Sum each unit's term, its magnitude and its square over the rows of a batch."""
     if isinstance(model, Called):
         rows = calibrations.single_rows(batch)
         rows = jax.tree.map(lambda array: array[None], batch["batch"]) if rows is None else rows
@@ -139,7 +139,7 @@ def _terms_of(
     pools: tuple[Pool, ...],
     dense: Mapping[str, Array],
 ) -> dict[str, list[Array]]:
-    """Each unit's term in one row, its magnitude and its square."""
+    """Return each unit's term in one row, its magnitude and its square."""
     gradient = jax.grad(functools.partial(_loss, model, leaves, row))(dense)
     products = {path: layout.matrices(gradient[path] * dense[path]) for path, layout in layouts}
     terms = [pool.reduced(products, gates=True) for pool in pools]
@@ -158,7 +158,7 @@ def _row_terms(
     layouts: tuple[tuple[str, Layout], ...],
     pools: tuple[Pool, ...],
 ) -> dict[str, list[Array]]:
-    """As `_terms`, of rows that are stacked."""
+    """Return the terms of `_terms` for stacked rows."""
     dense = _dense(leaves, layouts)
     shared = {}
     if isinstance(model, Called):
@@ -174,7 +174,7 @@ def _row_terms(
 
 
 def _single_rows(batch: batches.Batch) -> batches.Batch:
-    """The batch as batches of one row, stacked: [B, 1, ...]."""
+    """Return the batch as batches of one row, stacked: [B, 1, ...]."""
     rows = batch["tokens"].shape[0]
     single = {}
     for name, value in batch.items():

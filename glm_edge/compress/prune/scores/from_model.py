@@ -144,7 +144,7 @@ def finite_matrix(path: str, leaf: Any, layout: Layout) -> Array:
 
 @functools.partial(jax.jit, static_argnames="layout")
 def _matrix(leaf: Any, layout: Layout) -> tuple[Array, Array]:
-    """Matrix in float32, and True where it is finite."""
+    """Return a matrix in float32, and True where it is finite."""
     matrix = layout.matrices(boxes.dense(leaf).astype(jnp.float32))
     return matrix, jnp.isfinite(matrix).all()
 

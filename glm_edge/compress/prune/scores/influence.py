@@ -83,7 +83,7 @@ def _distances(model, params, batch, part, span):
 
 
 def _sums(hidden, span, valid):
-    """Sums of distances over tokens that are not padding, and the number of these tokens."""
+    """Sum distances over tokens that are not padding; return also the number of these tokens."""
     valid = jnp.ones(hidden[0].shape[:2]) if valid is None else valid.astype(jnp.float32)
 
     def distance(x, y):

@@ -107,7 +107,7 @@ def shrink_units(
 def _checked(
     transform: str, stack: Stack, layers: Mapping[int, KeepUnits]
 ) -> dict[int, dict[str, np.ndarray]]:
-    """Indices that make layers, as arrays."""
+    """Return the indices that make layers, as arrays."""
     config, checked = stack.config, {}
     unknown = sorted(set(layers) - set(range(config.num_layers)))
     if unknown:
@@ -131,7 +131,7 @@ def _checked(
 
 
 def _check_groups(keep: np.ndarray, heads: int, groups: int, label: str) -> None:
-    """Raises RecipeError where groups that share a key/value head keep different numbers."""
+    """Raise RecipeError where groups that share a key/value head keep different numbers."""
     if groups == heads:
         return
     size = heads // groups
@@ -150,7 +150,7 @@ def _check_groups(keep: np.ndarray, heads: int, groups: int, label: str) -> None
 def _cuts(
     stack: Stack, index: int, keep_units: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
 ) -> dict[str, tuple[np.ndarray, int]]:
-    """Indices and axis that each linear layer keeps, by path."""
+    """Return the indices and axis that each linear layer keeps, by path."""
     cuts = {}
     if "heads" in keep_units:
         channels = (
@@ -169,7 +169,7 @@ def _cuts(
 
 
 def _narrowed(stack: Stack, layers: Mapping[int, Mapping[str, np.ndarray]]) -> Any:
-    """The configuration of a stack with the widths that remain."""
+    """Return the configuration of a stack with the widths that remain."""
     config = stack.config
     # A pooling head comes after the layers and remains complete.
     indices = range(config.num_layers + getattr(config, "pooling_head", False))

@@ -82,7 +82,7 @@ def stacks_of(model: nn.Module) -> dict[str, Stack]:
 
 
 def stack_of(transform: str, model: nn.Module, part: str) -> Stack:
-    """Returns one stack of a model; an encoder on its own has a single one, whatever `part` says.
+    """Return one stack of a model; an encoder on its own has a single one, whatever `part` says.
 
     Raises:
       RecipeError: the model has no such stack.

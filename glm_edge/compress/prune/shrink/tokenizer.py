@@ -43,7 +43,7 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        """Reads a tokenizer.
+        """Read a tokenizer.
 
         Args:
           tokenizer: a `tokenizers.Tokenizer`.
@@ -102,7 +102,7 @@ class Vocabulary:
         return ranks
 
     def parts(self, index: int) -> set[int]:
-        """The token and all that merges make on the way to it; without them it is never read."""
+        """Return the token and the tokens that merge into it, without which it never occurs."""
         ids, text = {index}, self.tokens[index]
         if self.kind != "BPE" or self.base.get(text) != index:
             return ids
@@ -122,7 +122,7 @@ class Vocabulary:
 
 
 def check_tokens(tokenizer: Any, keep: Sequence[int]) -> Vocabulary:
-    """Checks that a tokenizer can do with some of its tokens.
+    """Check that a tokenizer can do with some of its tokens.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
@@ -160,7 +160,7 @@ def frequent_tokens(
     config: GLMConfig | TextConfig | None = None,
     min_count: int = 1,
 ) -> np.ndarray:
-    """Chooses tokens to keep: those that data hold most often, and all that must stay.
+    """Choose tokens to keep: those that data hold most often, and all that must stay.
 
     Special tokens, the token of unknown text, bytes (or, without bytes, single characters) and
     tokens that the configuration names always stay, and so does what merges make on the way to a
@@ -203,7 +203,7 @@ def frequent_tokens(
 
 
 def shrink_tokenizer(tokenizer: "Tokenizer", keep: Sequence[int]) -> "Tokenizer":
-    """Drops tokens from a tokenizer and numbers the others anew, in the order of `keep`.
+    """Drop tokens from a tokenizer and number the others anew, in the order of `keep`.
 
     Save it with the model: `save(model, params, path, extras={"tokenizer.json":
     tokenizer.to_str().encode()})`. Files that name ids, such as generation_config.json, belong to
@@ -247,7 +247,7 @@ def shrink_tokenizer(tokenizer: "Tokenizer", keep: Sequence[int]) -> "Tokenizer"
 
 
 def named_fields(config: Any) -> dict[str, tuple[int, ...]]:
-    """Fields of a configuration that name tokens, and their ids; those that name none left out."""
+    """Return the fields of a configuration that name tokens, with their ids."""
     fields = {}
     for field in _FIELDS:
         value = getattr(config, field, None)
@@ -258,7 +258,7 @@ def named_fields(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def named_tokens(config: Any) -> dict[int, str]:
-    """Ids that a configuration names, and a field that does."""
+    """Return the ids that a configuration names, and a field that does."""
     return {index: field for field, ids in named_fields(config).items() for index in ids}
 
 
@@ -270,14 +270,14 @@ def _byte_alphabet() -> frozenset[str]:
 
 
 def _has_step(fields: dict[str, Any], kind: str) -> bool:
-    """True where a step of that type is among those before or after the model, however nested."""
+    """Return True if a step of that type, nested or not, runs before or after the model."""
     return any(
         f'"type": "{kind}"' in json.dumps(fields.get(name)) for name in ("pre_tokenizer", "decoder")
     )
 
 
 def _processor_ids(node: Any) -> set[int]:
-    """Ids in a post-processor."""
+    """Return the ids in a post-processor."""
     if isinstance(node, dict):
         ids = set(node["ids"]) if isinstance(node.get("ids"), list) else set()
         return ids.union(*map(_processor_ids, node.values()))
@@ -289,7 +289,7 @@ def _processor_ids(node: Any) -> set[int]:
 
 
 def _renumber(node: Any, number: dict[int, int]) -> None:
-    """Gives the ids in a post-processor their new numbers, in place."""
+    """Give the ids in a post-processor their new numbers, in place."""
     if isinstance(node, dict):
         if isinstance(node.get("ids"), list):
             node["ids"] = [number[index] for index in node["ids"]]
@@ -304,5 +304,5 @@ def _renumber(node: Any, number: dict[int, int]) -> None:
 
 
 def _is_named_id(node: list[Any]) -> bool:
-    """True of `["[CLS]", 101]`, as older post-processors name their tokens."""
+    """Return True for `["[CLS]", 101]`, as older post-processors name their tokens."""
     return len(node) == 2 and isinstance(node[0], str) and type(node[1]) is int

@@ -86,7 +86,7 @@ def map_tokens(tokens: ArrayLike, keep: Sequence[int]) -> np.ndarray:
 
 
 def _rows(leaf: Any, index: np.ndarray, path: str) -> Any:
-    """Rows of an array or box; scales are per row or shared by all rows."""
+    """Return the rows of an array or box; scales are per row or shared by all rows."""
     if isinstance(leaf, boxes.Masked):
         mask = jnp.take(leaf.mask, index, axis=0)
         return boxes.Masked(value=_rows(leaf.value, index, path), mask=mask)

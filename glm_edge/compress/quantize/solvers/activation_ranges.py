@@ -28,7 +28,7 @@ _LEAST = 1e-6
 def histogram(
     rows: Array, low: Array, high: Array, valid: Array | None = None, bins: int = BINS
 ) -> Array:
-    """Counts values in bins of equal width.
+    """Count values in bins of equal width.
 
     Args:
       rows: values of any shape.
@@ -49,7 +49,7 @@ def histogram(
 
 
 def widened(low: float, high: float, symmetric: bool) -> tuple[float, float]:
-    """Extends a range to include zero; a symmetric range has ends of equal magnitude."""
+    """Extend a range to include zero; a symmetric range has ends of equal magnitude."""
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     if symmetric:
         high = max(-low, high)
@@ -65,7 +65,7 @@ def choose_range(
     percentile: float = 99.99,
     symmetric: bool = False,
 ) -> tuple[float, float]:
-    """Chooses the range of static int8 values.
+    """Choose the range of static int8 values.
 
     Args:
       counts: [n] values per bin.
@@ -91,7 +91,7 @@ def choose_range(
 
 
 def int8_grid(low: float, high: float, symmetric: bool = False) -> tuple[np.float32, np.int8]:
-    """Computes scale and zero point of int8 for a range that includes zero.
+    """Compute scale and zero point of int8 for a range that includes zero.
 
     Args:
       low: lower end, at most zero.
@@ -159,7 +159,7 @@ def _least_divergence(counts: np.ndarray, low: float, high: float) -> tuple[floa
 
 
 def _divergence(counts: np.ndarray, start: int, stop: int) -> float:
-    """Computes the divergence between values clipped to bins `start..stop` and their int8 codes."""
+    """Compute the divergence between values clipped to bins `start..stop` and their int8 codes."""
     # P: clipped values. Q: the mass of each int8 level, spread evenly over its occupied bins.
     inside = counts[start:stop]
     clipped = inside.copy()

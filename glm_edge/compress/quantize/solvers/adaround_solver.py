@@ -55,7 +55,7 @@ class Rounded(NamedTuple):
 
 
 def output_error(weight: Array, layer: Layer) -> Array:
-    """Computes the mean of `(W' x - y)^2 - (W x - y)^2` per output.
+    """Compute the mean of `(W' x - y)^2 - (W x - y)^2` per output.
 
     Args:
       weight: `W'`, float32 [O, I].
@@ -79,7 +79,7 @@ def learn_rounding(
     regularization: float = 5.0,
     sweeps: int = 4,
 ) -> Rounded:
-    """Learns the codes of a layer; outputs without a gain keep rounding to nearest.
+    """Learn the codes of a layer; outputs without a gain keep rounding to nearest.
 
     Args:
       layer: weight and input statistics.
@@ -107,7 +107,7 @@ def learn_rounding(
 
 
 def neighbours(layer: Layer, grid: Grid, format: Format) -> tuple[Array, Array, Array]:
-    """Finds the adjacent levels below and above each weight.
+    """Find the adjacent levels below and above each weight.
 
     Args:
       layer: weight and input statistics.
@@ -130,7 +130,7 @@ def neighbours(layer: Layer, grid: Grid, format: Format) -> tuple[Array, Array, 
 
 
 def soft_choice(variable: Array) -> Array:
-    """Computes AdaRound's rectified sigmoid `h(V)`, from 0 to 1."""
+    """Compute AdaRound's rectified sigmoid `h(V)`, from 0 to 1."""
     return jnp.clip(_STRETCH * jax.nn.sigmoid(variable) - (_STRETCH - 1.0) / 2.0, 0.0, 1.0)
 
 
@@ -142,7 +142,7 @@ def adaround_loss(
     beta: Array,
     regularization: Array,
 ) -> Array:
-    """Computes AdaRound's objective: output error plus a regularizer towards 0 and 1.
+    """Compute AdaRound's objective: output error plus a regularizer towards 0 and 1.
 
     Args:
       variable: `V`, [O, I].
@@ -164,7 +164,7 @@ def adaround_loss(
 def adaround(
     layer: Layer, grid: Grid, format: Format, steps: int, rate: float, regularization: float
 ) -> Array:
-    """Trains AdaRound's soft choices, and rounds them.
+    """Train AdaRound's soft choices, and round them.
 
     Args:
       layer: weight and input statistics.
@@ -209,7 +209,7 @@ def adaround(
 
 
 def descend(layer: Layer, codes: Array, grid: Grid, format: Format, sweeps: int) -> Array:
-    """Runs coordinate descent: each column in turn takes its best level given all others.
+    """Run coordinate descent: each column in turn takes its best level given all others.
 
     Args:
       layer: weight and input statistics.
@@ -254,6 +254,6 @@ def descend(layer: Layer, codes: Array, grid: Grid, format: Format, sweeps: int)
 
 
 def _per_weight(scales: Array, weight: Array) -> Array:
-    """Expands scales [O, G] or [1, G] to one per weight, float32 [O, I]."""
+    """Expand scales [O, G] or [1, G] to one per weight, float32 [O, I]."""
     wide = jnp.repeat(scales.astype(jnp.float32), weight.shape[1] // scales.shape[1], axis=1)
     return jnp.broadcast_to(wide, weight.shape)

@@ -23,7 +23,7 @@ _FEW_LEVELS = ("int3", "int2", "ternary", "ternary34")
 
 
 def factor_of(magnitude: Array, ratio: Array) -> Array:
-    """Computes `magnitude ** ratio`, normalized by the geometric mean of its extremes.
+    """Compute `magnitude ** ratio`, normalized by the geometric mean of its extremes.
 
     Args:
       magnitude: [channels] mean absolute input.
@@ -50,7 +50,7 @@ def search_factor(
     steps: int = 20,
     scale: str = "max",
 ) -> tuple[Array, Array]:
-    """Searches the ratio of the channel factors of matrices that share an input.
+    """Search the ratio of the channel factors of matrices that share an input.
 
     Args:
       weights: float32 [out, columns] matrices that read the same rows.
@@ -89,7 +89,7 @@ def search_factor(
 def search_clip(
     weight: Array, gram: Array, format: Format, steps: int = 20, scale: str = "max"
 ) -> Array:
-    """Searches a clipping range per scale, by the output error of the group's columns.
+    """Search a clipping range per scale, by the output error of the group's columns.
 
     Args:
       weight: float32 [out, in].
@@ -140,7 +140,7 @@ def search_clip(
 
 
 def output_error(lost: Array, gram: Array) -> Array:
-    """Computes `|X lost^T|^2` from `gram = X^T X`, a scalar."""
+    """Compute `|X lost^T|^2` from `gram = X^T X`, a scalar."""
     return jnp.sum(jnp.matmul(lost, gram, precision="highest") * lost)
 
 

@@ -39,7 +39,7 @@ class ColumnBlock(NamedTuple):
 
 
 def block_of(count: int, block: int, qtype: str) -> int:
-    """Chooses a block size.
+    """Choose a block size.
 
     Args:
       count: count of columns.
@@ -57,7 +57,7 @@ def block_of(count: int, block: int, qtype: str) -> int:
 def rounded(
     block: ColumnBlock, grid: Grid, format: Format, size: int
 ) -> tuple[Array, Array, Array]:
-    """Rounds columns in turn.
+    """Round columns in turn.
 
     Args:
       block: columns with their coupling.
@@ -162,7 +162,7 @@ def _zero_code(zero: Array | None, qtype: str) -> Array:
 
 
 def _distance(column: ColumnBlock, value: Array, relative: bool) -> Array:
-    """Computes the squared distance to the target, relative to the current codes if any."""
+    """Compute the squared distance to the target, relative to the current codes if any."""
     distance = jnp.square(column.target - value)
     if relative and column.errors is not None:
         distance = distance - jnp.square(column.target - column.weight + column.errors)
@@ -170,7 +170,7 @@ def _distance(column: ColumnBlock, value: Array, relative: bool) -> Array:
 
 
 def _four(column: ColumnBlock, scale: Array, relative: bool) -> tuple[Array, Array, Array]:
-    """Rounds four columns to three signs and a zero, trying each position of the zero."""
+    """Round four columns to three signs and a zero, trying each position of the zero."""
     # For each position of the zero, run the four columns in turn, as in `step`, and keep the
     # cheapest codes per output.
     scales = jnp.broadcast_to(scale, column.weight.shape)

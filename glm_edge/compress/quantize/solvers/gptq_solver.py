@@ -67,7 +67,7 @@ def solve(
     refit: bool = False,
     sweeps: int = 0,
 ) -> tuple[Array, Grid, Info]:
-    """Quantizes a matrix to minimize its output error, given the Gram matrix of its inputs.
+    """Quantize a matrix to minimize its output error, given the Gram matrix of its inputs.
 
     Args:
       weight: `W`, [out, in].
@@ -122,7 +122,7 @@ def solve(
 
 
 def damped_factor(gram: Array, damping: float) -> tuple[Array, Array, float]:
-    """Computes the upper triangular `R` with `R R^T = H + damping * mean(diag(H)) I`.
+    """Compute the upper triangular `R` with `R R^T = H + damping * mean(diag(H)) I`.
 
     Args:
       gram: `H`, [in, in].
@@ -152,7 +152,7 @@ def damped_factor(gram: Array, damping: float) -> tuple[Array, Array, float]:
 
 @jax.jit
 def scaled(gram: Array) -> Array:
-    """Scales a Gram matrix by a power of two, such that its largest entry is near one, in float32.
+    """Scale a Gram matrix by a power of two, such that its largest entry is near one, in float32.
 
     Solutions do not depend on this factor. Without it, sums of large entries could overflow.
     """
@@ -170,7 +170,7 @@ def _factor(gram: Array, damping: float) -> tuple[Array, Array]:
 
 @functools.partial(jax.jit, static_argnames=("groups", "by_fours"), inline=True)
 def column_order(gram: Array, groups: int, by_fours: bool = False) -> Array:
-    """Orders columns by decreasing input energy; columns of a group stay together.
+    """Order columns by decreasing input energy; columns of a group stay together.
 
     Args:
       gram: `H`, [in, in].
@@ -192,7 +192,7 @@ def column_order(gram: Array, groups: int, by_fours: bool = False) -> Array:
 def _arranged(
     weight: Array, mask: Array | None, gram: Array, order: Array | None
 ) -> tuple[Array, Array | None, Array]:
-    """Transposes weight and mask to [in, out], scales the Gram matrix, and permutes columns."""
+    """Transpose weight and mask to [in, out], scale the Gram matrix, and permute columns."""
     gram = scaled(gram)
     if order is not None:
         weight, gram = weight[:, order], gram[order][:, order]
@@ -202,7 +202,7 @@ def _arranged(
 
 @functools.partial(jax.jit, static_argnames="groups")
 def _restored(codes: Array, grid: Grid, order: Array | None, groups: int) -> tuple[Array, Grid]:
-    """Inverts `_arranged` for codes [in, out] and their scales and zero points."""
+    """Invert `_arranged` for codes [in, out] and their scales and zero points."""
     codes, grid = codes.T, grid.map(jnp.transpose)
     if order is None:
         return codes, grid
@@ -221,7 +221,7 @@ def _is_finite(matrix: Array) -> Array:
 def _by_groups(
     weight: Array, factor: Array, mask: Array | None, format: Format, scale: str, block: int
 ) -> tuple[Array, Grid]:
-    """Runs GPTQ over all groups; returns codes [in, out] and a grid [groups, out] or [1, 1]."""
+    """Run GPTQ over all groups; return codes [in, out] and a grid [groups, out] or [1, 1]."""
     groups = format.num_groups(weight.shape[0])
     size = weight.shape[0] // groups
     group_format = per_group_format(format)
@@ -286,7 +286,7 @@ def _descend(
     format: Format,
     block: int,
 ) -> Array:
-    """Runs one pass of coordinate descent: sets each code to its optimum given all others."""
+    """Run one pass of coordinate descent: set each code to its optimum given all others."""
     size = columns.block_of(weight.shape[0], block, format.qtype)
     group_format = per_group_format(format)
     expanded = _widened(grid, weight.shape)
@@ -328,7 +328,7 @@ def _descend(
 def _descend_by_groups(
     weight: Array, gram: Array, codes: Array, grid: Grid, mask: Array | None, format: Format
 ) -> tuple[Array, Grid]:
-    """Runs one pass over groups: fits the scale of a group, then its codes, given all others.
+    """Run one pass over groups: fit the scale of a group, then its codes, given all others.
 
     Keeps the old scale of a group if the new one, rounded to its stored type, does not reduce the
     error or changes sign.
@@ -386,7 +386,7 @@ def _descend_by_groups(
 
 @functools.partial(jax.jit, static_argnames="format")
 def _refit(weight: Array, gram: Array, codes: Array, grid: Grid, format: Format) -> Grid:
-    """Fits scales to the least squared output error, with fixed codes and zero points.
+    """Fit scales to the least squared output error, with fixed codes and zero points.
 
     Keeps the old scales of a row if refitted ones, rounded to their stored type, do not reduce the
     error or change sign.
@@ -454,7 +454,7 @@ def _decoded(codes: Array, grid: Grid, format: Format) -> Array:
 
 
 def _widened(grid: Grid, shape: tuple[int, ...]) -> Grid:
-    """Expands scales and zero points to one per weight, float32 [in, out]."""
+    """Expand scales and zero points to one per weight, float32 [in, out]."""
     repeats = shape[0] // grid.scale.shape[0]
 
     def widen(values: Array) -> Array:

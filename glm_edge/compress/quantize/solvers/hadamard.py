@@ -32,7 +32,7 @@ class Rotation(NamedTuple):
 
 
 def random_rotation(key: Array, size: int) -> Rotation:
-    """Draws a rotation.
+    """Draw a rotation.
 
     Args:
       key: jax key.
@@ -55,7 +55,7 @@ def random_rotation(key: Array, size: int) -> Rotation:
 
 @functools.partial(jax.jit, static_argnames="inverse")
 def rotate(x: Array, rotation: Rotation, inverse: bool = False) -> Array:
-    """Multiplies rows by the rotation, `x Q`, or by its transpose.
+    """Multiply rows by the rotation, `x Q`, or by its transpose.
 
     Args:
       x: [..., n].
@@ -72,7 +72,7 @@ def rotate(x: Array, rotation: Rotation, inverse: bool = False) -> Array:
 
 
 def _kronecker(x: Array, odd: Array) -> Array:
-    """Computes `x (H / sqrt(2^k) ⊗ odd)`, with `H` factored as a Kronecker product."""
+    """Compute `x (H / sqrt(2^k) ⊗ odd)`, with `H` factored as a Kronecker product."""
     size = x.shape[-1]
     power, lead = size // odd.shape[0], x.shape[:-1]
     after = odd.shape[0]
@@ -98,7 +98,7 @@ def _sylvester(side: int) -> np.ndarray:
 
 @jax.jit
 def kurtosis(weight: Array) -> Array:
-    """Computes the kurtosis of all entries: 3 for a normal distribution, more with outliers.
+    """Compute the kurtosis of all entries: 3 for a normal distribution, more with outliers.
 
     Args:
       weight: array of any shape.

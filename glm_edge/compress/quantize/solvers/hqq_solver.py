@@ -35,7 +35,7 @@ def solve(
     growth: float = 1.01,
     steps: int = 20,
 ) -> tuple[Array, Grid]:
-    """Fits scales or zero points by half-quadratic steps, and rounds to nearest.
+    """Fit scales or zero points by half-quadratic steps, and round to nearest.
 
     Affine formats keep the scale and fit the zero point, as published. Symmetric formats fit the
     scale by least squares. Each group keeps the iterate with the smallest `sum |W - Q|^p`.
@@ -63,7 +63,7 @@ def solve(
     first = grids.choose(weight, format, scale)
 
     def rounded(grid: Grid) -> tuple[Array, Array]:
-        """Computes `level - zero` and residuals in scale units, [rows, groups, columns]."""
+        """Compute `level - zero` and residuals in scale units, [rows, groups, columns]."""
         wide = grid.map(lambda x: x[..., None])
         codes = kernels.quantize(groups, *wide, format.qtype)
         steps = kernels.levels(codes, format.qtype).astype(jnp.float32)
@@ -100,7 +100,7 @@ def solve(
 
 
 def _fitted(grid: Grid, steps: Array, residual: Array) -> Grid:
-    """Fits zero points, or scales without zero points, to `steps + residual` in scale units."""
+    """Fit zero points, or scales without zero points, to `steps + residual` in scale units."""
     # z' = z - mean(r) minimizes the squared residual.
     if grid.zero is not None:
         return Grid(grid.scale, grid.zero - jnp.mean(residual, axis=-1))

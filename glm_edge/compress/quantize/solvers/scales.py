@@ -37,13 +37,13 @@ class Grid(NamedTuple):
     zero: Array | None = None
 
     def map(self, function: Callable[[Array], Array]) -> "Grid":
-        """Applies a function to the scales, and to the zero points where there are any."""
+        """Apply a function to the scales, and to the zero points where there are any."""
         return Grid(function(self.scale), None if self.zero is None else function(self.zero))
 
 
 @functools.partial(jax.jit, static_argnames=("format", "scale"), inline=True)
 def choose(weight: Array, format: Format, scale: str = "max") -> Grid:
-    """Chooses scales and zero points of a weight by its extremes or by squared error.
+    """Choose scales and zero points of a weight by its extremes or by squared error.
 
     Args:
       weight: [..., out, in].
@@ -67,18 +67,18 @@ def choose(weight: Array, format: Format, scale: str = "max") -> Grid:
 
 
 def encode(weight: Array, grid: Grid, format: Format) -> Array:
-    """Rounds weights to codes of the nearest levels, int8 [..., out, in]."""
+    """Round weights to codes of the nearest levels, int8 [..., out, in]."""
     return kernels.quantize(weight, grid.scale, grid.zero, format.qtype)
 
 
 def decode(codes: Array, grid: Grid, format: Format) -> Array:
-    """Dequantizes codes, float32 [..., out, in]."""
+    """Dequantize codes, float32 [..., out, in]."""
     return kernels.dequantize(codes, grid.scale, grid.zero, format.qtype)
 
 
 @functools.partial(jax.jit, static_argnames=("format", "scale"))
 def nearest(weight: Array, format: Format, scale: str = "max") -> tuple[Array, Grid]:
-    """Rounds a weight to nearest with the scales of `choose`.
+    """Round a weight to nearest with the scales of `choose`.
 
     Args:
       weight: [..., out, in].
@@ -94,7 +94,7 @@ def nearest(weight: Array, format: Format, scale: str = "max") -> tuple[Array, G
 
 
 def _grouped(weight: Array, format: Format) -> Array:
-    """Splits weights by scale, [..., rows of scales, groups, weights per scale]."""
+    """Split weights by scale, [..., rows of scales, groups, weights per scale]."""
     scales = format.scale_shape(weight.shape)
     if format.group_size == PER_TENSOR:
         return weight.reshape(*scales, -1)
@@ -109,7 +109,7 @@ def _extremes(groups: Array, symmetric: bool) -> tuple[Array, Array]:
 
 
 def _spanning(low: Array, high: Array, format: Format) -> Grid:
-    """Computes the grid with its lowest and highest levels at `low` and `high`."""
+    """Compute the grid with its lowest and highest levels at `low` and `high`."""
     lowest, highest = (-1, 1) if format.qtype == "nf4" else kernels.code_range(format.qtype)
     if format.symmetric:
         return Grid(_stored(high, highest, format))
@@ -127,7 +127,7 @@ def _extreme(groups: Array, format: Format) -> Array:
 
 
 def _stored(span: Array, steps: int, format: Format) -> Array:
-    """Computes the stored scale with `span = steps * scale`."""
+    """Compute the stored scale with `span = steps * scale`."""
     # A quotient can underflow to zero although the span is not zero.
     scale = jnp.where(span == 0, 0.0, jnp.sign(span) * _at_least_tiny(jnp.abs(span / steps)))
     return spared(kernels.round_scale(scale * (1 if steps > 0 else -1), format.scale_dtype), format)
@@ -138,7 +138,7 @@ def _at_least_tiny(size: Array) -> Array:
 
 
 def spared(scale: Array, format: Format) -> Array:
-    """Replaces scales of zero by one, if the format has a code for level zero.
+    """Replace scales of zero by one, if the format has a code for level zero.
 
     Divisions by scales then need no special case. `ternary34` cannot represent four zeros by codes,
     so its groups of zeros keep the scale zero.
@@ -147,7 +147,7 @@ def spared(scale: Array, format: Format) -> Array:
 
 
 def normalized(values: Array, peak: Array) -> Array:
-    """Scales values by a power of two, such that `peak` is near one and squares stay in range.
+    """Scale values by a power of two, such that `peak` is near one and squares stay in range.
 
     Args:
       values: float32.
@@ -182,19 +182,19 @@ def _best_ratio(groups: Array, low: Array, high: Array, format: Format) -> Array
 
 
 def per_group_format(format: Format) -> Format:
-    """Returns the format of a single group."""
+    """Return the format of a single group."""
     size = PER_TENSOR if format.group_size == PER_TENSOR else None
     return dataclasses.replace(format, group_size=size)
 
 
 def nearest_columns(weight: Array, grid: Grid, format: Format) -> Array:
-    """Rounds weights [columns, out] with one scale per output, [out], and dequantizes them."""
+    """Round weights [columns, out] with one scale per output, [out], and dequantize them."""
     grid = grid.map(lambda x: x[:, None])
     return decode(encode(weight.T, grid, format), grid, format).T
 
 
 def search_scale(weight: Array, format: Format, scale: str, loss: Callable[[Grid], Array]) -> Grid:
-    """Searches the scale of a group with the smallest loss.
+    """Search the scale of a group with the smallest loss.
 
     Args:
       weight: [columns, out], one group per output.
@@ -210,7 +210,7 @@ def search_scale(weight: Array, format: Format, scale: str, loss: Callable[[Grid
     ends = jnp.stack([weight.min(axis=0), weight.max(axis=0)] * 2, axis=-1)
 
     def grid_of(ratio: Array) -> Grid:
-        """Builds a grid from ratios [2] or [2, out] of both ends; negative ones flip the sign."""
+        """Build a grid from ratios [2] or [2, out] of both ends; negative ones flip the sign."""
         lower, upper = jnp.broadcast_to(ratio.reshape(2, -1), (2, ends.shape[0]))
         shrunk = ends * jnp.abs(jnp.stack([lower, upper] * 2, axis=-1))
         candidate = choose(shrunk, group_format, "max")
@@ -235,7 +235,7 @@ def search_scale(weight: Array, format: Format, scale: str, loss: Callable[[Grid
 
 
 def _candidate_ratios(format: Format, both_signs: bool) -> tuple[np.ndarray, float]:
-    """Lists pairs of ratios [K, 2], and the relative step between adjacent ratios."""
+    """List pairs of ratios [K, 2], and the relative step between adjacent ratios."""
     least = _LEAST.get(format.qtype, _LEAST_OF_FEW)
     if format.symmetric:
         ratios = np.geomspace(1.0, least, _COARSE, dtype=np.float32)

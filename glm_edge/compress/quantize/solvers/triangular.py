@@ -20,23 +20,23 @@ _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def column_sums(matrix: Array) -> Array:
-    """Sums [..., rows, in] along the axis of rows, [..., in]."""
+    """Sum [..., rows, in] along the axis of rows, [..., in]."""
     ones = jnp.ones((*matrix.shape[:-2], 1, matrix.shape[-2]), matrix.dtype)
     return _product(ones, matrix)[..., 0, :]
 
 
 def across(matrix: Array, right: Array) -> Array:
-    """Computes `A^T B` [k, m] of `A` [n, k] and `B` [n, m]."""
+    """Compute `A^T B` [k, m] of `A` [n, k] and `B` [n, m]."""
     return _product(jax.lax.optimization_barrier(matrix.T), right)
 
 
 def total(vector: Array) -> Array:
-    """Sums a vector to a scalar."""
+    """Sum a vector to a scalar."""
     return column_sums(vector[:, None])[0]
 
 
 def cholesky(matrix: Array) -> Array:
-    """Computes the lower triangular `L` with `L L^T = A`, for a symmetric `A`.
+    """Compute the lower triangular `L` with `L L^T = A`, for a symmetric `A`.
 
     Args:
       matrix: `A`, float32 [n, n]; only its lower triangle is read.
@@ -62,7 +62,7 @@ def cholesky(matrix: Array) -> Array:
 
 
 def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
-    """Solves `L X = B`, or `L^T X = B`.
+    """Solve `L X = B`, or `L^T X = B`.
 
     Args:
       factor: `L`, lower triangular, float32 [n, n].
@@ -97,19 +97,19 @@ def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
 
 
 def solve_upper(factor: Array, right: Array, transposed: bool = False) -> Array:
-    """Solves `R X = B`, or `R^T X = B`, with an upper triangular `R`; shapes as `solve_lower`."""
+    """Solve `R X = B`, or `R^T X = B`, with an upper triangular `R`; shapes as `solve_lower`."""
     return solve_lower(factor[::-1, ::-1], right[::-1], transposed)[::-1]
 
 
 def _padded(matrix: Array) -> Array:
-    """Extends the matrix with ones on the diagonal to a multiple of the block size."""
+    """Extend the matrix with ones on the diagonal to a multiple of the block size."""
     missing = -matrix.shape[0] % _BLOCK
     grown = jnp.pad(matrix, (0, missing))
     return grown.at[jnp.arange(missing) + len(matrix), jnp.arange(missing) + len(matrix)].set(1.0)
 
 
 def _panel(columns: Array) -> Array:
-    """Computes the first columns of the factor, [n, width], from those of the matrix."""
+    """Compute the first columns of the factor, [n, width], from those of the matrix."""
     height, width = columns.shape
     row, column = jnp.arange(height)[:, None], jnp.arange(width)
     part = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=_BLOCK)
