@@ -154,7 +154,7 @@ def _columns(
 
 @functools.partial(jax.jit, static_argnames="steps")
 def _refined(weight: Array, gram: Array, errors: Array, keep: Array, steps: int) -> Array:
-    """Return the errors after conjugate gradients on remaining weights, for each output separately."""
+    """Return errors after conjugate gradients on the remaining weights, per output."""
     # Jacobi preconditioner.
     scale = jnp.diagonal(gram)[:, None]
 
