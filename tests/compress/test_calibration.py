@@ -251,7 +251,7 @@ def bad(change):
         (lambda: Calibration(data(), apply="logits"), DataError, "apply must be callable"),
         (lambda: Calibration(data(), variables={"params": {}}), DataError, "besides 'params'"),
         (lambda: Calibration([], apply=apply), DataError, "there are none"),
-        (lambda: Calibration([{}], apply=apply), DataError, "holds no array"),
+        (lambda: Calibration([{}], apply=apply), DataError, "contains no array"),
         (lambda: Calibration([{"a": "b"}], apply=apply), DataError, r"\['a'\] is not an array"),
         (
             lambda: Calibration(data(), apply=bad(lambda x: x.argmax(-1))),
@@ -339,5 +339,5 @@ def test_a_single_batch_in_place_of_a_list_is_named(models):
         lambda: quantize.gptq("int8")(model, params, data(1)[0]),
         lambda: plan(model, params, 1000, calibration=data(1)[0]),
     ):
-        with pytest.raises(DataError, match=r"and this is a single one; pass \[batch\]"):
+        with pytest.raises(DataError, match=r"not a single batch; pass \[batch\]"):
             wrong()

@@ -29,7 +29,7 @@ def prompt(model, images_of_rows, seed=0):
     for index, row in enumerate(written):
         tokens[index, length - len(row) :] = row
         valid[index, length - len(row) :] = True
-    return Inputs(tokens, valid, shown or None)
+    return Inputs(tokens, valid=valid, images=shown or None)
 
 
 # Rows with two images of different size, with none, and with one.
@@ -153,7 +153,7 @@ def changed(model, **fields):
         ({"images": [np.zeros((16, 16, 4))]}, "with 3 channels, found"),
         ({"images": [np.zeros((16, 3))]}, "images must be"),
         ({"images": [np.zeros((8, 8, 3))]}, "placeholders of images"),
-        ({"images": np.zeros((1, 16, 16, 3))}, "as a list in reading order"),
+        ({"images": np.zeros((1, 16, 16, 3))}, "pass a list in reading order"),
         ({"images": [[1], [1, 2]]}, r"images\[1\] is not one array|images must be"),
         ({"audio_frames": np.ones(1, int)}, "audio_frames without audio"),
     ],

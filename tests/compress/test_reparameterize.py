@@ -264,7 +264,7 @@ def test_what_cannot_be_folded_is_refused(built):
     _, rounded, _ = quantize.rtn("int8", where="stem/branch_1x1")(model, variables)
     with pytest.raises(RecipeError, match="is quantized; reparameterize before quantizing"):
         reparameterize()(model, rounded)
-    with pytest.raises(RecipeError, match=r"comes with its variables.*found 'params'"):
+    with pytest.raises(RecipeError, match=r"needs its variables.*found 'params'"):
         reparameterize()(model, {"params": variables["params"]})
     deployed, folded, _ = reparameterize()(model, variables)
     with pytest.raises(RecipeError, match="deployed already"):

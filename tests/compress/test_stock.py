@@ -298,7 +298,7 @@ def test_a_scanned_model_runs_on_rounded_weights(towers, format):
 
 
 def test_stacked_that_names_one_matrix_is_refused(towers):
-    with pytest.raises(RecipeError, match=r"stacked='head' names head/kernel .* one matrix"):
+    with pytest.raises(RecipeError, match=r"stacked='head' matches head/kernel .* one matrix"):
         quantize.rtn("int8", stacked="head")(*towers["unrolled"])
 
 

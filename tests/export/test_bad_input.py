@@ -180,7 +180,7 @@ def test_exporters_do_not_replace_a_link(name, to, out):
     link.symlink_to(real)
     # Neither a model nor parameters: the path is refused before anything is done.
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match=r"is a link to .*real; name that path"):
+        with pytest.raises(OutputError, match=r"is a link to .*real; pass that path"):
             write(*arguments, link, overwrite=overwrite)
     assert link.is_symlink()
     assert sorted(path for path in out.rglob("*") if path != link) == before
