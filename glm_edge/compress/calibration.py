@@ -96,7 +96,7 @@ class Calibration:
 def check_list(batches: Any, name: str) -> None:
     """Check that `batches` is not a single batch; raise DataError otherwise."""
     if isinstance(batches, Mapping):
-        raise DataError(f"{name} is a list of batches, and this is a single one; pass [batch]")
+        raise DataError(f"{name} must be a list of batches, not a single batch; pass [batch]")
 
 
 def _check_arguments(name: str, function: Callable[..., Any] | None) -> None:
