@@ -61,7 +61,7 @@ def test_the_description_survives_json(tree):
         ),
         (
             lambda arrays, spec: spec["c/kernel"]["format"].update(symmetric=True),
-            "c/kernel: zero points",
+            "c/kernel: only an affine format has zero points",
         ),
     ],
 )

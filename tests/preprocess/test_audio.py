@@ -240,8 +240,8 @@ def test_silence_is_finite():
     ("samples", "pattern"),
     [
         (np.zeros(0), "not empty"),
-        (np.zeros((1, 2, 3)), r"found \[1, 2, 3\]"),
-        (np.float32(3), r"found \[\]"),
+        (np.zeros((1, 2, 3)), r"found shape \[1, 2, 3\]"),
+        (np.float32(3), r"found shape \[\]"),
         (np.full(9, np.inf), "infinity"),
         (np.zeros(9, np.int16), "must be floats"),
     ],
