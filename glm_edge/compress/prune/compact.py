@@ -36,7 +36,7 @@ class Unmasked(NamedTuple):
     """
 
     layers: np.ndarray
-    units: Mapping[str, dict[int, KeepUnits]]
+    units: Mapping[str, Mapping[int, KeepUnits]]
     tokens: np.ndarray
 
 

@@ -80,7 +80,8 @@ class Depth(Transform):
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
         total = stack_of(NAME, model, self.part).config.num_layers
         scored = isinstance(self.layers, int)
-        count = self.layers if scored else len(set(self.layers))
+        named = () if isinstance(self.layers, int) else tuple(self.layers)
+        count = self.layers if isinstance(self.layers, int) else len(set(named))
         if count >= total:
             raise RecipeError(
                 f"{NAME}: removing {count} of {total} layers leaves none of the {self.part}"
@@ -89,11 +90,11 @@ class Depth(Transform):
             keep = self._scored(model, params, total, context)
         else:
             keep = np.ones(total, bool)
-            if max(self.layers) >= total:
+            if max(named) >= total:
                 raise RecipeError(
-                    f"{NAME}: the {self.part} has no layer {max(self.layers)}, only 0..{total - 1}"
+                    f"{NAME}: the {self.part} has no layer {max(named)}, only 0..{total - 1}"
                 )
-            keep[list(self.layers)] = False
+            keep[list(named)] = False
         smaller, shrunk = shrink_depth(model, params, np.flatnonzero(keep), self.part)
         # Layers are renumbered, so that the report's rows do not show which ones went.
         reason = f" by {self.score}" if scored else ""
@@ -107,11 +108,12 @@ class Depth(Transform):
         calibration = self._calibration(model, context)
         if self.score == "loss":
             return self._by_loss(model, params, total, calibration, context)
-        span = self.layers if self.score == "block" else 1
+        count = self.layers if isinstance(self.layers, int) else len(self.layers)
+        span = count if self.score == "block" else 1
         scores = influence(model, params, calibration, self.part, span)
         context.advance("score", 1, 1)
         if self.score == "influence":
-            return mark_kept(scores[None], self.layers)[0]
+            return mark_kept(scores[None], count)[0]
         keep = np.ones(total, bool)
         first = int(np.argmin(scores))
         keep[first : first + span] = False
@@ -132,8 +134,9 @@ class Depth(Transform):
                 f"{type(model).__name__} does not have; score by influence"
             )
         keep, done = np.ones(total, bool), 0
-        steps = sum(total - removed for removed in range(self.layers))
-        for _ in range(self.layers):
+        count = self.layers if isinstance(self.layers, int) else len(self.layers)
+        steps = sum(total - removed for removed in range(count))
+        for _ in range(count):
             losses = {}
             for candidate in np.flatnonzero(keep).tolist():
                 others = np.setdiff1d(np.flatnonzero(keep), candidate)

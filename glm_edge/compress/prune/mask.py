@@ -146,7 +146,7 @@ class Mask(LayerwiseTransform):
         )
 
     @property
-    def needs(self) -> str:
+    def needs(self) -> str:  # type: ignore[override]  # the score decides
         """Needs of the score: `inputs` or `nothing`."""
         return "inputs" if self.config.score.reads_inputs else "nothing"
 
@@ -178,9 +178,9 @@ class Mask(LayerwiseTransform):
         if score.kind == "activation":
             from_inputs.refuse_unmet(NAME, score, rows, statistics)
         scores = model_scores.from_weights(NAME, score, shape, pools, rows, statistics, work.rng)
-        scores = without_masked(pools, work.leaves, scores)
-        counts = allocations.uniform(pools, masking.sparsity)
-        masked = masked_leaves(masking, work.leaves, pools, scores, counts)
+        host_scores = without_masked(pools, work.leaves, scores)
+        counts = allocations.uniform(pools, masking.fraction)
+        masked = masked_leaves(masking, work.leaves, pools, host_scores, counts)
         for path in masked:
             work.advance(path)
         reasons = {path: work.unseen(path) for path in masked if path not in statistics}
@@ -229,21 +229,22 @@ def mask_model(
     chosen, by_row = boxes.select(params, where), masking.within == ROW
     layouts = layouts_in(name, model, leaves, context.calibration, stacked)
     pools = model_scores.pools_of(name, masking.shape, model, leaves, chosen, layouts, by_row)
-    notes, held_out = (), {}
+    notes: tuple[str, ...] = ()
+    held_out: dict[str, Any] = {}
     reader = called(model, context.calibration)
     if masking.reads:
         notes = batches.check(model, context.calibration, name, context.without)
-        read = set().union(*map(batches.keys_of, context.calibration))
+        read = set().union(*map(batches.keys_of, context.batches))
         notes += batches.missing_modalities(reader, read)
     if masking.allocation == allocations.MEASURED:
-        calibrating, held_out = measured.split(masking, context.calibration)
+        calibrating, held_out = measured.split(masking, context.batches)
         context = dataclasses.replace(context, calibration=calibrating)
     result = model_scores.of_units(name, score, masking.shape, pools, model, params, context)
     scores, statistics = without_masked(pools, leaves, result[0]), result[1]
     if masking.allocation == allocations.UNIFORM:
-        counts = allocations.uniform(pools, masking.sparsity)
+        counts = allocations.uniform(pools, masking.fraction)
     elif masking.allocation == allocations.GLOBAL:
-        counts = allocations.over_all(pools, scores, masking.sparsity)
+        counts = allocations.over_all(pools, scores, masking.fraction)
     else:
         counts, allocation_notes = measured.allocate(
             masking, reader, leaves, pools, scores, held_out, context

@@ -225,11 +225,11 @@ def scheduled(
 
             def of_pool(pool: shapes.Pool, values: Array, keep: Array) -> Array:
                 (member,) = pool.members
-                keep = {member.path: member.layout.matrices(keep.astype(jnp.float32))}
-                values = {member.path: member.layout.matrices(values)}
+                marks = {member.path: member.layout.matrices(keep.astype(jnp.float32))}
+                matrices = {member.path: member.layout.matrices(values)}
                 scores, unmasked = (
-                    pool.reduced(values, found_score.order),
-                    pool.reduced(keep, jnp.inf),
+                    pool.reduced(matrices, found_score.order),
+                    pool.reduced(marks, jnp.inf),
                 )
                 rank = jnp.argsort(jnp.argsort(jnp.where(unmasked > 0, scores, -jnp.inf), axis=1))
                 count = jnp.round(jnp.nan_to_num(level) * pool.units)
@@ -357,7 +357,8 @@ def iterative(
         # Each round is a separate training, and a directory stores the state of one.
         state_dir = train.state_dir and str(Path(train.state_dir) / f"round_{number}")
         healing = dataclasses.replace(train, state_dir=state_dir)
-        masking = {"score": score, "shape": shape, "allocation": allocation, "where": where}
+        masking: dict[str, Any] = {"score": score, "shape": shape, "allocation": allocation}
+        masking["where"] = where
         steps.append(mask(round(level, 6), **masking))
         steps.append(distill(train=healing, where=train_where, **distillation))
     return chain(*steps)
@@ -404,6 +405,7 @@ def _map(
     function: Callable[..., Any], masks: Params, *trees: Params, others_tree: Any = None
 ) -> Params:
     """Map `(path, mask, *leaves)` where a mask exists; elsewhere take `others_tree`, or None."""
+    treedef: Any
     flat, treedef = jax.tree_util.tree_flatten_with_path(masks, is_leaf=lambda x: x is None)
     columns = [treedef.flatten_up_to(tree) for tree in trees]
     others = [None] * len(flat) if others_tree is None else treedef.flatten_up_to(others_tree)

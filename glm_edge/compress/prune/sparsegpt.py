@@ -105,24 +105,24 @@ class SparseGPT(LayerwiseTransform):
         check_pattern(self.name, "stacked", self.stacked)
         _ = self.masking
         if self.rounding is not None:
-            if self.format.plain:
+            if self.rounding.format.plain:
                 raise RecipeError(f"{self.name} cannot round to {self.format}; quantize.rtn can")
             self.rounding.check(self.name)
         check_whole(self.name, block=self.block)
         check_passes(self.name, refine=self.refine)
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]  # options decide
         """Name, another one with a format: a masked weight may be quantized later."""
         return NAME if self.format is None else ROUNDING_NAME
 
     @property
-    def rounds(self) -> bool:
+    def rounds(self) -> bool:  # type: ignore[override]
         """True with a format."""
         return self.format is not None
 
     @property
-    def needs(self) -> str:
+    def needs(self) -> str:  # type: ignore[override]
         """Models whose inputs are collected."""
         return self.solver.needs
 
@@ -131,7 +131,9 @@ class SparseGPT(LayerwiseTransform):
         """Format of the remaining weights and choice of its scales."""
         if self.format is None:
             return None
-        return QuantizeConfig(self.format, self.scale, self.fallback_bits)
+        return QuantizeConfig(
+            parse_format(ROUNDING_NAME, self.format), self.scale, self.fallback_bits
+        )
 
     @functools.cached_property
     def masking(self) -> MaskConfig | None:
@@ -139,7 +141,7 @@ class SparseGPT(LayerwiseTransform):
         shape = shapes.parse(self.name, self.shape)
         if shape.kind not in (shapes.SINGLE, "n:m"):
             raise RecipeError(f"{self.name}: shape must be unstructured or N:M, not {self.shape!r}")
-        if self.format is not None and self.format.qtype == _TERNARY34:
+        if self.rounding is not None and self.rounding.format.qtype == _TERNARY34:
             own_shape = shape in ((shapes.SINGLE, ()), ("n:m", (3, 4)))
             if self.sparsity is not None or not own_shape:
                 raise RecipeError(
@@ -191,8 +193,8 @@ def _one(
         weight, keep, info = sparse_columns.solve(
             inputs.weight,
             inputs.gram,
-            masking.sparsity,
-            masking.shape.sizes or None,
+            masking.fraction,
+            masking.shape.pattern,
             solver.damping,
             options.block,
             inputs.mask,
@@ -204,6 +206,8 @@ def _one(
             after = boxes.mask(value, _as_leaf(inputs, keep, before))
             masked = mask_row(masking, inputs.path, before, after, _cost(info, options))
             return after, dataclasses.replace(masked, output_error=info.loss)
+    if rounding is None:
+        raise RecipeError(f"{name}: {inputs.path} has neither a mask nor a format")
     format = rounding.format_of(inputs.path, inputs.weight.shape[1])
     codes, grid, info = gptq.solve(
         inputs.weight,
@@ -239,11 +243,14 @@ def _without_inputs(
         sizes = {path: tuple(before.shape)}
         pools = shapes.matrix_pools(masking.shape, sizes, {path: layout})
         scores = [pool.reduced(rows, 2.0) for pool in pools]
-        scores = without_masked(pools, {path: before}, scores)
-        counts = allocations.uniform(pools, masking.sparsity)
-        masked = masked_leaves(masking, {path: before}, pools, scores, counts)[path]
+        host_scores = without_masked(pools, {path: before}, scores)
+        counts = allocations.uniform(pools, masking.fraction)
+        masked = masked_leaves(masking, {path: before}, pools, host_scores, counts)[path]
+        if rounding is None:
+            note = f"by magnitude: {note}"
+            return masked, mask_row(masking, path, before, masked, note)
     if rounding is None:
-        return masked, mask_row(masking, path, before, masked, f"by magnitude: {note}")
+        raise RecipeError(f"{name}: {path} has neither a mask nor a format")
     format = rounding.format_of(path, work.columns(path))
     box = quantize_leaf(path, masked, format, rounding.scale, layout)[0]
     return box, _rounded_row(name, path, before, masked, box, f"to nearest: {note}")

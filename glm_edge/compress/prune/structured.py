@@ -117,7 +117,7 @@ class Structured(Transform):
                 f"{self.name}: where={self.where!r} matches no {self.layers_of}; their weights are "
                 f"at {layers}"
             )
-        notes = ()
+        notes: tuple[str, ...] = ()
         if self.score == "taylor":
             parts = list(dict.fromkeys(stack_and_layer(pool)[0] for _, pool in candidates))
             calibration = self._calibration(model, context, parts)

@@ -65,7 +65,7 @@ class VocabularyPruning(Transform):
         super().__post_init__()
 
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
-        smaller, shrunk = shrink_vocabulary(model, params, from_ranges(self.keep))
+        smaller, shrunk = shrink_vocabulary(model, params, from_ranges(str(self.keep)))
         names = ", ".join(named_fields(model.config)) or "it names none"
         note = (
             f"tokens that the configuration names stayed ({names}); other special tokens, bytes "
@@ -77,9 +77,8 @@ class VocabularyPruning(Transform):
 vocabulary = VocabularyPruning
 
 
-def to_ranges(ids: Sequence[int]) -> str:
+def to_ranges(ids: np.ndarray) -> str:
     """Format ascending ids as text, `0-10,12`."""
-    ids = np.asarray(ids)
     starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)
     ends = np.append(starts[1:], len(ids)) - 1
     pairs = zip(ids[starts].tolist(), ids[ends].tolist(), strict=True)

@@ -120,6 +120,13 @@ class MaskConfig:
         )
 
     @property
+    def fraction(self) -> float:
+        """Sparsity, which all but measured allocations have."""
+        if self.sparsity is None:
+            raise RecipeError(f"{self.name}: sparsity is missing")
+        return self.sparsity
+
+    @property
     def reads(self) -> bool:
         """True where calibration is needed."""
         measures = self.allocation == allocations.MEASURED
@@ -131,8 +138,8 @@ def without_masked(
 ) -> list[np.ndarray]:
     """Copy scores to the host, -inf for units masked before and inf for those that must remain."""
     all_scores = []
-    for pool, values in zip(pools, scores, strict=True):
-        values = np.array(values, np.float32)
+    for pool, pool_scores in zip(pools, scores, strict=True):
+        values = np.array(pool_scores, np.float32)
         remaining = units_left(pool, leaves)
         if remaining is not None:
             values[~remaining] = -np.inf

@@ -94,16 +94,18 @@ def allocate(
         context.advance(f"{masking.name}: measure", number + 1, len(groups))
     points = knapsack.frontier(options, _fixed(masking, pools, leaves))
     point = _within(masking, points, _budget(masking, pools))
-    counts = [0] * len(pools)
-    for members, tried, chosen in zip(groups.values(), choices, point.choice, strict=True):
-        for index, count in zip(members, tried[chosen], strict=True):
-            counts[index] = count
-    everything = masked(range(len(pools)), counts)
+    removed = [0] * len(pools)
+    for members, levels_of_group, chosen in zip(
+        groups.values(), choices, point.choice, strict=True
+    ):
+        for index, count in zip(members, levels_of_group[chosen], strict=True):
+            removed[index] = count
+    everything = masked(range(len(pools)), removed)
     together = measure({**leaves, **everything})
     levels = ", ".join(
         f"{name} {options[i][point.choice[i]].format}" for i, name in enumerate(groups)
     )
-    return counts, (
+    return removed, (
         f"measured allocation: divergence {point.cost:.4g} nats a token predicted, "
         f"{np.mean(list(together.values())):.4g} measured on held-out batches",
         f"sparsities: {levels}",
@@ -167,7 +169,7 @@ def _budget(masking: MaskConfig, pools: Sequence[Pool]) -> int:
     if masking.sparsity is not None:
         total = sum(pool.weights for pool in pools)
         return total - round(masking.sparsity * total)
-    return masking.budget_bytes or masking.budget_flops
+    return masking.budget_bytes or masking.budget_flops or 0
 
 
 def _within(masking: MaskConfig, points: Sequence[Any], budget: int) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 from einops import rearrange
 from jax import Array
 
-from glm_edge.compress.prune.scores.from_weights import l_norm
+from glm_edge.compress.prune.scores.from_weights import added, l_norm
 from glm_edge.errors import RecipeError
 from glm_edge.params.layouts import AS_ROWS, Layout
 
@@ -40,6 +40,11 @@ class Shape(NamedTuple):
 
     kind: str
     sizes: tuple[int, ...] = ()
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """`(n, m)`, or the extents of a block, None for single weights."""
+        return (self.sizes[0], self.sizes[1]) if self.sizes else None
 
     @property
     def of_matrix(self) -> bool:
@@ -261,7 +266,7 @@ def _norm(
         for matrix, (pattern, sizes) in zip(matrices, arrangements, strict=True)
     ]
     if order is None:
-        return sum(jnp.sum(values, axis=-1) for values in weights)
+        return added(jnp.sum(values, axis=-1) for values in weights)
     return l_norm(weights, order, axis=-1)
 
 

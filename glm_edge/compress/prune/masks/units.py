@@ -4,7 +4,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import numpy as np
 
 from glm_edge.compress.prune.masks.shapes import (
@@ -26,7 +25,7 @@ Sizes = Mapping[str, tuple[int, int]]
 
 
 def unit_pools(
-    transform: str, model: nn.Module, shape: Shape, sizes: Sizes, chosen: Collection[str]
+    transform: str, model: Any, shape: Shape, sizes: Sizes, chosen: Collection[str]
 ) -> list[Pool]:
     """Return the units of a model that are more than one matrix.
 
@@ -99,7 +98,10 @@ def keep_by_layer(
 
 def stack_and_layer(pool: Pool) -> tuple[str, int]:
     """Return the stack's name and the layer's index of a pool of `layer_pools`."""
-    stack, index = _LAYER.match(pool.name).groups()
+    matched = _LAYER.match(pool.name)
+    if matched is None:
+        raise ValueError(f"{pool.name}: not a pool of a layer")
+    stack, index = matched.groups()
     return stack or "", int(index)
 
 

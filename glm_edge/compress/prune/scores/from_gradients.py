@@ -50,8 +50,9 @@ def by_gradients(
     layouts = tuple(sorted({(member.path, member.layout) for member in members}, key=str))
     measure = _terms if gates else _gradients
     model = called(model, context.calibration)
-    total, count = None, 0
-    for index, batch in enumerate(context.calibration):
+    total: Any = None
+    count = 0
+    for index, batch in enumerate(context.batches):
         batch = batches.to_device(model, batch, f"calibration batch {index}")
         measured_terms = measure(model, leaves, batch, layouts, tuple(pools) if gates else ())
         if not all_finite(measured_terms):
@@ -59,7 +60,7 @@ def by_gradients(
         total = measured_terms if total is None else add(total, measured_terms)
         count += batches.count_rows(batch)
         known = calibrations.has_length(context.calibration)
-        context.advance("score", index + 1, len(context.calibration) if known else index + 1)
+        context.advance("score", index + 1, len(context.batches) if known else index + 1)
     if score.kind == "taylor":
         return [weight_scores.taylor(terms, count) for terms in total["magnitude"]]
     if score.kind == "taylor2":

@@ -89,7 +89,8 @@ def statistics(
     Returns:
       The joined result by path; weights without inputs are absent.
     """
-    leaves, wanted, collected = dict(boxes.path_items(params)), set(paths), {}
+    leaves, wanted = dict(boxes.path_items(params)), set(paths)
+    collected: dict[str, Any] = {}
     model = called(model, calibration)
     states = first_states(model, calibration)
     for stage in stages(model):

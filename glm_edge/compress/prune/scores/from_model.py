@@ -83,7 +83,7 @@ def scores_of(
 def pools_of(
     transform: str,
     shape: Shape,
-    model: nn.Module,
+    model: nn.Module | None,
     leaves: Leaves,
     chosen: Sequence[str],
     layouts: Mapping[str, Layout] | None = None,
@@ -184,7 +184,7 @@ def of_units(
     if score.reads_inputs:
         statistic = from_inputs.statistic_of(score, shape)
         statistics_of_inputs = from_inputs.statistics(
-            model, params, context.calibration, statistic, rows
+            model, params, context.batches, statistic, rows
         )
         from_inputs.refuse_unmet(transform, score, rows, statistics_of_inputs)
     return from_weights(

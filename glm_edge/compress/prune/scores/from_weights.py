@@ -6,7 +6,7 @@ Letters: `r` rows (out), `c` columns (in), `s` samples (rows of batches).
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +33,9 @@ def magnitude(weight: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("order", "axis"), inline=True)
 def l_norm(
-    weights: Array | Sequence[Array], order: float, axis: int | tuple[int, ...] | None = None
+    weights: Array | list[Array] | tuple[Array, ...],
+    order: float,
+    axis: int | tuple[int, ...] | None = None,
 ) -> Array:
     """Compute the L_n norm, `(sum |w|^n)^(1/n)`, over some axes.
 
@@ -48,6 +50,7 @@ def l_norm(
     References:
       Pruning Filters for Efficient ConvNets, https://arxiv.org/abs/1608.08710.
     """
+    parts: Sequence[Array]
     parts = weights if isinstance(weights, list | tuple) else [weights]
     if len(parts) == 1 and axis == -1 and parts[0].shape[-1] == 1:
         # The norm of one weight of any order; the root of its square would be rounded.
@@ -55,10 +58,15 @@ def l_norm(
     if math.isinf(order):
         return functools.reduce(jnp.maximum, (jnp.max(magnitude(w), axis=axis) for w in parts))
     if order == 1.0:
-        return sum(jnp.sum(magnitude(w), axis=axis) for w in parts)
+        return added(jnp.sum(magnitude(w), axis=axis) for w in parts)
     if order == 2.0:
-        return jnp.sqrt(sum(jnp.sum(jnp.square(w), axis=axis) for w in parts))
-    return sum(jnp.sum(magnitude(w) ** order, axis=axis) for w in parts) ** (1.0 / order)
+        return jnp.sqrt(added(jnp.sum(jnp.square(w), axis=axis) for w in parts))
+    return added(jnp.sum(magnitude(w) ** order, axis=axis) for w in parts) ** (1.0 / order)
+
+
+def added(terms: Iterable[Array]) -> Array:
+    """Add arrays, at least one, from the first to the last."""
+    return functools.reduce(jnp.add, terms)
 
 
 @functools.partial(jax.jit, inline=True)

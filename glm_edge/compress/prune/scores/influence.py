@@ -1,12 +1,14 @@
 """Influence of layers: the change of direction of the hidden states that pass through them."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from glm_edge.compress import batches
 from glm_edge.compress.prune.shrink.stacks import READS
@@ -37,7 +39,8 @@ def influence(
     References:
       ShortGPT, https://arxiv.org/abs/2403.03853.
     """
-    total, tokens = 0.0, 0.0
+    total: np.ndarray = np.zeros(())
+    tokens = 0.0
     for index, batch in enumerate(calibration):
         label = f"calibration batch {index}"
         if isinstance(model.config, GLMConfig):
@@ -48,7 +51,7 @@ def influence(
         sums, count = jax.device_get(_distances(model, params, batch, part, span))
         if not np.isfinite(sums).all():
             raise DataError(f"{label}: activations are not finite")
-        total, tokens = total + np.float64(sums), tokens + np.float64(count)
+        total, tokens = total + np.asarray(sums, np.float64), tokens + float(count)
     return total / max(tokens, 1.0)
 
 
@@ -59,7 +62,9 @@ def input_of(model: nn.Module, part: str) -> str:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "part", "span"))
-def _distances(model, params, batch, part, span):
+def _distances(
+    model: nn.Module, params: Params, batch: batches.Batch, part: str, span: int
+) -> tuple[Array, Array]:
     config = model.config
     if not isinstance(config, GLMConfig):
         valid = batch.get("valid") if isinstance(config, TextConfig) else None
@@ -74,24 +79,25 @@ def _distances(model, params, batch, part, span):
         return _sums(hidden, span, batch.get("valid"))
     items = batch[READS[part]]
     if isinstance(items, list):
-        groups = image_groups(items, config.vision)[0]
+        groups = image_groups(items, config.vision_tower)[0]
     else:
         groups = [items.reshape(-1, *items.shape[-(3 if part == "vision" else 2) :])]
-    parts = [model.apply({"params": params}, group, method=_ENCODERS[part]) for group in groups]
+    apply: Callable[..., Any] = model.apply
+    parts = [apply({"params": params}, group, method=_ENCODERS[part]) for group in groups]
     sums, counts = zip(*(_sums(hidden, span, None) for hidden in parts), strict=True)
     return sum(sums), sum(counts)
 
 
-def _sums(hidden, span, valid):
+def _sums(hidden: Sequence[Array], span: int, valid: Array | None) -> tuple[Array, Array]:
     """Sum distances over tokens that are not padding; return also the number of these tokens."""
-    valid = jnp.ones(hidden[0].shape[:2]) if valid is None else valid.astype(jnp.float32)
+    weights = jnp.ones(hidden[0].shape[:2]) if valid is None else valid.astype(jnp.float32)
 
-    def distance(x, y):
+    def distance(x: Array, y: Array) -> Array:
         norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
-        return jnp.sum(valid * (1 - jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-12)))
+        return jnp.sum(weights * (1 - jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-12)))
 
     pairs = zip(hidden, hidden[span:], strict=False)
-    return jnp.stack([distance(x, y) for x, y in pairs]), jnp.sum(valid)
+    return jnp.stack([distance(x, y) for x, y in pairs]), jnp.sum(weights)
 
 
 _ENCODERS = {

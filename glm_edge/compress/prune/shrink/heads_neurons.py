@@ -118,9 +118,9 @@ def _checked(
     for index, keep_units in layers.items():
         label = f"{transform}: {stack.layer(index)}"
         sizes = {"heads": config.heads(index), "neurons": config.neurons(index)}
-        unknown = sorted(set(keep_units) - set(sizes))
-        if unknown:
-            raise RecipeError(f"{label}: {unknown[0]!r} is unknown; use heads and neurons")
+        others = sorted(set(keep_units) - set(sizes))
+        if others:
+            raise RecipeError(f"{label}: {others[0]!r} is unknown; use heads and neurons")
         checked[index] = {
             name: check_kept(indices, sizes[name], f"{label}: {name}")
             for name, indices in keep_units.items()
@@ -151,7 +151,7 @@ def _cuts(
     stack: Stack, index: int, keep_units: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
 ) -> dict[str, tuple[np.ndarray, int]]:
     """Return the indices and axis that each linear layer keeps, by path."""
-    cuts = {}
+    cuts: dict[str, tuple[np.ndarray, int]] = {}
     if "heads" in keep_units:
         channels = (
             keep_units["heads"][:, None] * stack.head_size + np.arange(stack.head_size)

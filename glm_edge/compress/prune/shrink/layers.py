@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from glm_edge.compress.prune.shrink.arrays import check_kept, one_or_each
 from glm_edge.compress.prune.shrink.stacks import DECODER, stack_of
@@ -16,7 +17,7 @@ _WIDTHS = ("num_heads", "num_kv_heads", "intermediate_size")
 
 
 def shrink_depth(
-    model: nn.Module, params: Params, keep: Sequence[int], part: str = DECODER
+    model: nn.Module, params: Params, keep: Sequence[int] | np.ndarray, part: str = DECODER
 ) -> tuple[nn.Module, Params]:
     """Keep some layers and renumber them.
 

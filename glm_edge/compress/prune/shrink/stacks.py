@@ -39,7 +39,7 @@ class Stack(NamedTuple):
         is_decoder = isinstance(self.config, DecoderConfig)
         return self.config.head_dim if is_decoder else self.config.head_size
 
-    def layer(self, index: int) -> str:
+    def layer(self, index: int | str) -> str:
         """Return the path of a layer."""
         return _joined(self.name, f"layers/{index}")
 

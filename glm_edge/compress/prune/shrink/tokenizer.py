@@ -74,15 +74,17 @@ class Vocabulary:
         self.required = self._required()
 
     def _required(self) -> dict[int, str]:
-        model, required = self.fields["model"], {}
+        model = self.fields["model"]
+        required: dict[int, str] = {}
         if model.get("byte_fallback"):
             needed = [token for token in self.base if _BYTE_TOKEN.fullmatch(token)]
-            required |= dict.fromkeys(map(self.base.get, needed), "a byte that any text may hold")
+            reason = "a byte that any text may hold"
+            required |= dict.fromkeys((self.base[token] for token in needed), reason)
         elif self.kind == "BPE":
             alphabet = _byte_alphabet() if _has_step(self.fields, "ByteLevel") else None
             needed = [t for t in self.base if len(t) == 1 and (alphabet is None or t in alphabet)]
             reason = "a character" if alphabet is None else "a byte that any text may hold"
-            required |= dict.fromkeys(map(self.base.get, needed), reason)
+            required |= dict.fromkeys((self.base[token] for token in needed), reason)
         unknown = model.get("unk_token")
         if unknown in self.base:
             required[self.base[unknown]] = "the token of unknown text"
@@ -98,7 +100,7 @@ class Vocabulary:
     def _ranks(self) -> dict[tuple[str, str], int]:
         ranks: dict[tuple[str, str], int] = {}
         for rank, merge in enumerate(self.merges):
-            ranks.setdefault(merge, rank)
+            ranks.setdefault((merge[0], merge[1]), rank)
         return ranks
 
     def parts(self, index: int) -> set[int]:
@@ -121,7 +123,7 @@ class Vocabulary:
         return ids | {self.base[symbol] for symbol in text if symbol in self.base}
 
 
-def check_tokens(tokenizer: Any, keep: Sequence[int]) -> Vocabulary:
+def check_tokens(tokenizer: Any, keep: Sequence[int] | np.ndarray) -> Vocabulary:
     """Check that a tokenizer can do with some of its tokens.
 
     Args:

@@ -18,7 +18,7 @@ from glm_edge.params.tree import Params
 
 
 def shrink_vocabulary(
-    model: nn.Module, params: Params, keep: Sequence[int]
+    model: nn.Module, params: Params, keep: Sequence[int] | np.ndarray
 ) -> tuple[nn.Module, Params]:
     """Keep some rows of the embedding and the head.
 
@@ -38,8 +38,8 @@ def shrink_vocabulary(
     if not isinstance(config, GLMConfig | TextConfig):
         raise RecipeError(f"{NAME}: {type(model).__name__} has no vocabulary")
     holder = config.decoder if isinstance(config, GLMConfig) else config
-    keep = check_kept(keep, holder.vocab_size, f"{NAME}: tokens")
-    number = {old: new for new, old in enumerate(keep.tolist())}
+    kept_ids = check_kept(keep, holder.vocab_size, f"{NAME}: tokens")
+    number = {old: new for new, old in enumerate(kept_ids.tolist())}
     for index, name in named_tokens(config).items():
         if index not in number:
             raise RecipeError(
@@ -49,11 +49,11 @@ def shrink_vocabulary(
     for name in ("embed", "head"):
         if name in params:
             path = f"{name}/weight"
-            params[name] = {**params[name], "weight": _rows(params[name]["weight"], keep, path)}
-    smaller = dataclasses.replace(holder, vocab_size=len(keep))
+            params[name] = {**params[name], "weight": _rows(params[name]["weight"], kept_ids, path)}
+    smaller: Any = dataclasses.replace(holder, vocab_size=len(kept_ids))
     if isinstance(config, GLMConfig):
         fields = {field: getattr(config, field) for field in named_fields(config)}
-        renumbered = {
+        renumbered: dict[str, Any] = {
             field: tuple(number[i] for i in value) if isinstance(value, tuple) else number[value]
             for field, value in fields.items()
         }
@@ -74,9 +74,9 @@ def map_tokens(tokens: ArrayLike, keep: Sequence[int]) -> np.ndarray:
     Raises:
       DataError: a token was removed.
     """
-    tokens, keep = np.asarray(tokens), np.asarray(keep)
-    numbers = np.searchsorted(keep, tokens).clip(max=len(keep) - 1)
-    lost = keep[numbers] != tokens
+    tokens, ids = np.asarray(tokens), np.asarray(keep)
+    numbers = np.searchsorted(ids, tokens).clip(max=len(ids) - 1)
+    lost = ids[numbers] != tokens
     if lost.any():
         raise DataError(
             f"{NAME}: token {tokens[lost].flat[0]} did not stay, nor did {int(lost.sum())} of "
