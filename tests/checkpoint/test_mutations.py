@@ -308,7 +308,7 @@ CHANGES = (change_bytes, change_config, change_index, change_header, change_file
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "count"), [("hugging_face", 1000), ("own", 500)])
+@pytest.mark.parametrize(("kind", "count"), [("hugging_face", 1000), ("local", 500)])
 def test_mutations_load_as_stored_or_are_refused(tmp_path, request, watch, kind, count):
     files, name_of = request.getfixturevalue(kind)
     directory, failures, loaded = tmp_path / "mutated", [], 0
