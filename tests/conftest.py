@@ -9,10 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import jax.monitoring
-import pytest
-
 # Small programs take longer to compile than to run: two to three times as long with fusion
 # emitters, a third longer in 32 parts that threads compile, and five times as long with LLVM's
 # optimizations. Processes that tests start inherit the settings;
@@ -21,6 +17,11 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# After the environment, which jax reads while it is imported.
+import jax
+import jax.monitoring
+import pytest
 
 # What jax reports after each program that it compiled, or read from a cache of compiled programs.
 COMPILED = "/jax/core/compile/backend_compile_duration"

@@ -332,9 +332,9 @@ def test_only_a_model_with_a_glm_decoder_shrinks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": 1.0}, "heads must be in 0..1 and below 1"),
+        ({"heads": 1.0}, "heads must be at least 0 and below 1"),
         ({"heads": True}, "heads must be float, not True"),
-        ({"neurons": 1.2}, "neurons must be in 0..1 and below 1"),
+        ({"neurons": 1.2}, "neurons must be at least 0 and below 1"),
         ({"neurons": -0.1}, "keep ratio is above 0 and at most 1, not -0.1"),
         ({"score": "wanda"}, "score must be taylor or magnitude"),
         ({"neuron_multiple": 0}, "neuron_multiple must be a whole number"),

@@ -286,7 +286,7 @@ def test_options_without_meaning_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shape": "2:3"}, "^weight: 16 columns are do not divide into groups of 3"),
+        ({"shape": "2:3"}, "^weight: 16 columns do not divide into groups of 3"),
         ({"sparsity": 0.5, "shape": "block:3x4"}, "8 x 16 are not whole blocks of 3x4"),
         ({"sparsity": 0.97, "shape": "channel"}, "leaves none of 8"),
         ({"sparsity": 0.5, "shape": "head"}, "has no GLM decoder"),
