@@ -77,8 +77,9 @@ class VocabularyPruning(Transform):
 vocabulary = VocabularyPruning
 
 
-def to_ranges(ids: np.ndarray) -> str:
+def to_ranges(ascending: Sequence[int] | np.ndarray) -> str:
     """Format ascending ids as text, `0-10,12`."""
+    ids = np.asarray(ascending)
     starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)
     ends = np.append(starts[1:], len(ids)) - 1
     pairs = zip(ids[starts].tolist(), ids[ends].tolist(), strict=True)
