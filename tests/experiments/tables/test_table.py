@@ -110,7 +110,7 @@ def test_a_table_is_four_files_with_the_command(run, tmp_path, capsys, monkeypat
     written = (tmp_path / "table.md").read_text()
     assert command in written
     assert f"- seconds: {log['seconds']}\n- load_average: " in written
-    with pytest.raises(OutputError, match="holds a table already"):
+    with pytest.raises(OutputError, match="already contains a table"):
         run(Small())
     run(Small(), "--overwrite")
 
