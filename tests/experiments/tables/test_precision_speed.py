@@ -52,5 +52,5 @@ def test_files_of_two_forms_are_compared(run):
 def test_forms_and_lengths_that_cannot_be_run_are_refused(run):
     with pytest.raises(DataError, match="'int7' is not one of float32, float16"):
         run(precision_speed, "--shape=toy", "--forms=int7")
-    with pytest.raises(DataError, match="take 600"):
+    with pytest.raises(DataError, match="need 600"):
         run(precision_speed, "--shape=toy", "--prompt=600")
