@@ -265,7 +265,7 @@ def test_tensors_that_do_not_fit(fields, tensors, write_hugging_face):
     for bad in (np.nan, np.inf):
         spoiled = tensors[NAME].copy()
         spoiled[3, 4] = bad
-        check(others | {NAME: spoiled}, rf"tensor '{NAME}' as float32: holds {bad} at \[3, 4\]")
+        check(others | {NAME: spoiled}, rf"tensor '{NAME}' as float32: is {bad} at \[3, 4\]")
 
 
 def test_nan_in_bfloat16_is_found(fields, tensors, write_hugging_face):
