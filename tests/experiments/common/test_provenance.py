@@ -65,7 +65,7 @@ def test_no_script_describes_its_machine_by_itself(pattern):
 @pytest.mark.parametrize(("result", "named"), [("report.json", "results"), ("table.csv", "table")])
 def test_prepare_directory_refuses_results(tmp_path, result, named):
     (tmp_path / result).touch()
-    with pytest.raises(OutputError, match=f"holds (a )?{named} already"):
+    with pytest.raises(OutputError, match=f"already contains (a )?{named}"):
         outputs.prepare_directory(tmp_path, overwrite=False, result=result)
     assert outputs.prepare_directory(tmp_path, overwrite=True, result=result) == tmp_path
 
