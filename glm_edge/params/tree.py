@@ -17,6 +17,7 @@ from glm_edge.params.patterns import compiled, shared_steps
 Params = dict[str, Any]
 """A tree of arrays and boxes: nested dictionaries, whose leaves are `Weight`."""
 
+# Annotations quote these names, so that `help` shows them and not the union.
 Tree = Mapping[str, Any] | Sequence[Any] | Weight | np.ndarray
 """Any tree of arrays and boxes, such as `Params`, a list of leaves, or one leaf."""
 
@@ -50,7 +51,7 @@ def map_with_path(function: Callable[[str, Any], Any], params: Params) -> Params
     )
 
 
-def is_matrix(path: str, leaf: Weight | np.ndarray) -> bool:
+def is_matrix(path: str, leaf: "Weight | np.ndarray") -> bool:
     """Test for a floating weight of a product or an embedding, which transforms can compress.
 
     Args:
@@ -166,12 +167,12 @@ def cast(params: Params, dtype: DTypeLike) -> Params:
     return combine(jax.tree.map(lambda array: array.astype(dtype), trainable), frozen)
 
 
-def count(params: Tree) -> int:
+def count(params: "Tree") -> int:
     """Count the parameters: entries of the dense arrays, including pruned zeros."""
     return sum(math.prod(leaf.shape) for leaf in tree_leaves(params))
 
 
-def stored_bytes(params: Tree) -> int:
+def stored_bytes(params: "Tree") -> int:
     """Sum the bytes of all stored arrays: packed integers, scales, zero points, masks."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
