@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from glm_edge.compress.calibration import check_without
+from glm_edge.compress.calibration import check_list, check_without
 from glm_edge.compress.progress import Progress, progress_of
 from glm_edge.compress.report import Report
 from glm_edge.errors import DataError, RecipeError
@@ -209,10 +209,7 @@ class Transform:
           DataError: calibration is missing or cannot be read more than once, or `without` names an
             unknown input.
         """
-        if isinstance(calibration, Mapping):
-            raise DataError(
-                "calibration must be a list of batches, not a single batch; pass [batch]"
-            )
+        check_list(calibration, "calibration")
         if isinstance(calibration, Iterator):
             raise DataError(
                 "calibration is an iterator that can be read only once; pass a list of batches, "
