@@ -91,6 +91,20 @@ def init(module: nn.Module, *inputs: Any, seed: int = 0) -> dict[str, Any]:
     return jax.device_put(jax.tree.map_with_path(functools.partial(_draw, rng), shapes))
 
 
+def init_away_from_constants(module: nn.Module, *inputs: Any) -> dict[str, Any]:
+    """Draw parameters of which none, norms and biases included, has its initial constant."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        values = rng.normal(size=leaf.shape)
+        if len(leaf.shape) > 1:
+            return (values / leaf.shape[-1] ** 0.5).astype(np.float32)
+        return (1 + 0.3 * values).astype(np.float32)
+
+    return jax.device_put(jax.tree.map(draw, shapes))
+
+
 def init_glm(config: GLMConfig, seed: int = 0) -> tuple[MultimodalGLM, Any]:
     """Makes a multimodal model and its parameters."""
     model = MultimodalGLM(config)

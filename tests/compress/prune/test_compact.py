@@ -15,6 +15,7 @@ from glm_edge.errors import RecipeError
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.models.text import TextEncoder
 from glm_edge.params import Format
+from tests.tiny_models import init_away_from_constants
 
 apply = jax.jit(batches.apply_batch, static_argnums=0)
 
@@ -48,18 +49,8 @@ def same_outputs(model, masked, smaller, small, batch):
 
 
 def drawn(config):
-    """A model with parameters of random numbers; nothing is compiled."""
     model = MultimodalGLM(config)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    leaves, treedef = jax.tree.flatten(shapes)
-    rng = np.random.default_rng(0)
-    leaves = [
-        rng.normal(size=leaf.shape) / leaf.shape[-1] ** 0.5
-        if len(leaf.shape) > 1
-        else 1 + 0.3 * rng.normal(size=leaf.shape)
-        for leaf in leaves
-    ]
-    return model, jax.tree.unflatten(treedef, [jnp.asarray(leaf, jnp.float32) for leaf in leaves])
+    return model, init_away_from_constants(model, jnp.zeros((1, 2), jnp.int32))
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.models.speech import SpeechEncoder
 from glm_edge.models.text import TextEncoder
 from glm_edge.models.vision import VisionEncoder
+from tests.tiny_models import init_away_from_constants
 
 FILE = Path(__file__).with_name("shrunk_bytes.json")
 IMAGE, AUDIO = 5, 8
@@ -48,17 +49,7 @@ def glm_config(**decoder):
 
 
 def drawn(model, *inputs):
-    """The model with parameters that numpy draws."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    leaves, treedef = jax.tree.flatten(shapes)
-    rng = np.random.default_rng(0)
-    leaves = [
-        rng.normal(size=leaf.shape) / leaf.shape[-1] ** 0.5
-        if len(leaf.shape) > 1
-        else 1 + 0.3 * rng.normal(size=leaf.shape)
-        for leaf in leaves
-    ]
-    return model, jax.tree.unflatten(treedef, [jnp.asarray(leaf, jnp.float32) for leaf in leaves])
+    return model, init_away_from_constants(model, *inputs)
 
 
 def equal_neurons(model, params):
