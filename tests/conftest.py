@@ -26,6 +26,10 @@ import pytest
 # What jax reports after each program that it compiled, or read from a cache of compiled programs.
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
+# The collector's default thresholds make it look at jax's many small objects thousands of times a
+# run, a twentieth of the time.
+gc.set_threshold(100_000, 50, 100)
+
 # Each compiled program keeps pages mapped, and Linux lets a process map 65,530 of them.
 MAPPED = Path("/proc/self/maps")
 MAPPED_ENOUGH = 20_000
