@@ -11,7 +11,7 @@ import pytest
 
 from glm_edge import configs
 from glm_edge import params as boxes
-from glm_edge.kernels import quantization
+from glm_edge.kernels import matmul, quantization
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 from tests.tiny_models import init
@@ -25,9 +25,9 @@ BLOCKS = Format("int4", 32, scale_dtype="bfloat16")
 
 
 def small_config(**decoder) -> configs.GLMConfig:
-    """Nano with fewer layers."""
+    """Nano with fewer layers, one of the decoder."""
     nano = configs.preset("nano")
-    fields = {"num_layers": 2, "vocab_size": 320, "max_position_embeddings": 128, **decoder}
+    fields = {"num_layers": 1, "vocab_size": 320, "max_position_embeddings": 128, **decoder}
     return dataclasses.replace(
         nano,
         name="small",
@@ -97,23 +97,67 @@ def params(dense_params):
 
 
 @pytest.fixture(scope="session")
-def dense_export(model, dense_params, tmp_path_factory):
+def sizes():
+    """Options of the small model's files; files of the same sizes share their conversion."""
+    return {"prefill_lengths": (8, 32), "cache_slots": 64, "prefill_logits": True}
+
+
+@pytest.fixture(scope="session")
+def dense_export(model, dense_params, sizes, tmp_path_factory):
     """The float32 file."""
     from glm_edge import export
 
     path = tmp_path_factory.mktemp("export") / "dense.tflite"
-    return export.tflite(
-        model, dense_params, path, prefill_lengths=(8, 32), cache_slots=64, prefill_logits=True
-    )
+    return export.tflite(model, dense_params, path, **sizes)
 
 
 @pytest.fixture(scope="session")
-def exported(model, params, tmp_path_factory):
+def exported(model, params, sizes, tmp_path_factory):
     """The compressed file."""
     from glm_edge import export
 
     path = tmp_path_factory.mktemp("export") / "mixed.tflite"
-    return export.tflite(model, params, path, prefill_lengths=(8, 32), cache_slots=64)
+    return export.tflite(model, params, path, **sizes)
+
+
+@pytest.fixture(scope="session")
+def text_model():
+    """The small model without encoders."""
+    return MultimodalGLM(dataclasses.replace(small_config(), vision=None, speech=None))
+
+
+@pytest.fixture(scope="session")
+def product():
+    """Makes a file of one product, `product_<rows>`, and returns what was made of its weight."""
+    from glm_edge.export.common.signatures import Signature
+    from glm_edge.export.tflite import file as tflite_file
+    from glm_edge.export.tflite.converter import skeleton
+    from glm_edge.export.tflite.flatbuffer import FlatModel
+    from glm_edge.export.tflite.weights import to_constant
+
+    def multiply(params, inputs):
+        return {"y": matmul.dense(inputs["x"], params["weight"])}
+
+    signatures = [
+        Signature(
+            f"product_{rows}",
+            {"x": jax.ShapeDtypeStruct((1, rows, 256), jnp.float32)},
+            multiply,
+            ("weight",),
+        )
+        for rows in (1, 16)
+    ]
+    content, arguments = skeleton(signatures, {"weight": (48, 256)})
+
+    def write(box, path):
+        constant, effective, conversions = to_constant("weight", box)
+        graph = FlatModel(content)
+        graph.attach({name: (where, constant) for name, where in arguments.items()})
+        graph.compact()
+        tflite_file.write(graph.model, path, overwrite=False)
+        return effective, conversions
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ BESIDE_WEIGHTS = 1 << 20
 @pytest.fixture(scope="module")
 def model(small_config):
     """A text model of one layer, whose weights outweigh its graphs."""
-    config = small_config(num_layers=1, vocab_size=4096, hidden_size=256, intermediate_size=1024)
+    config = small_config(vocab_size=4096, hidden_size=256, intermediate_size=1024)
     return MultimodalGLM(
         dataclasses.replace(
             config, vision=None, speech=None, image_token_id=None, audio_token_id=None
@@ -231,7 +231,7 @@ def test_export_uses_its_own_disk_within_the_checked_space(
     where = writers if form == "tflite" else module_of(form)
     monkeypatch.setattr(where, "require_space", lambda _, needed: asked.append(needed))
     current, there = Watch(out), Watch(elsewhere)
-    written = write(params, prefill_lengths=(4,))
+    written = write(params, prefill_lengths=())
     most, lost = current.end(), there.end()
     assert [path.name for path in out.iterdir()] == [written.path.name]
     assert lost < BESIDE_WEIGHTS

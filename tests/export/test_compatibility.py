@@ -186,7 +186,7 @@ def test_tensors_are_read_as_they_are(exported):
     stored = {t.name: t for o in decode.operators for t in o.inputs if t is not None and t.constant}
     head = stored["embed/weight"]
     assert (head.type, head.shape, head.quantization) == ("int8", (320, 256), "channel")
-    assert stored["decoder/layers/1/mlp/down_proj/weight"].quantization == "blocks of 32"
+    assert stored["decoder/layers/0/mlp/down_proj/weight"].quantization == "blocks of 32"
     assert head.fits(np.zeros((320, 256), np.int8))
     assert not head.fits(np.zeros((320, 255), np.int8))
 

@@ -30,7 +30,7 @@ SHRINK = ge.chain(
     ge.prune.vocabulary(KEEP),
 )
 ROUND = ge.chain(
-    ge.quantize.rtn("int4-g32", where="^decoder/", scale="mse", fallback_bits=8),
+    ge.quantize.rtn("int4-g32", where="^decoder/", fallback_bits=8),
     ge.quantize.rtn("int8"),
 )
 

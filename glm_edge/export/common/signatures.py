@@ -4,6 +4,7 @@ Shapes: `T` tokens, `S` cache slots, `D` hidden size, `K` key/value heads, `H` h
 features of one image or recording, `V` vocabulary size.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -28,9 +29,9 @@ DECODE = "decode"
 DEFAULT_SLOTS = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Signature:
-    """One entry point of the file.
+    """One entry point of the file, equal to itself only.
 
     Attributes:
       name: name, such as `prefill_128`.
@@ -74,8 +75,20 @@ def signatures(
     Returns:
       The signatures.
     """
+    sizes = tuple(prefill_lengths), cache_slots, prefill_logits, tuple(attended_slots)
+    return list(_signatures(model, *sizes))
+
+
+@functools.lru_cache(maxsize=4)
+def _signatures(
+    model: MultimodalGLM,
+    prefill_lengths: tuple[int, ...],
+    cache_slots: int,
+    prefill_logits: bool,
+    attended_slots: tuple[int, ...],
+) -> list[Signature]:
+    """Make the same objects for the same arguments, so that traces and conversions are kept."""
     config = model.config
-    attended_slots = tuple(attended_slots)
     entries = []
     for length in (1, *prefill_lengths):
         entries.append(_embed(model, "embed" if length == 1 else f"embed_{length}", length))

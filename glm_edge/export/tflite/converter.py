@@ -1,5 +1,6 @@
 """Conversion of signatures to a TFLite graph without weights."""
 
+import functools
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -53,6 +54,22 @@ def skeleton(
         return run_converter(converter, kind), arguments
 
 
+@functools.lru_cache(maxsize=4)
+def kept_skeleton(
+    signatures: tuple[Signature, ...], shapes: tuple[tuple[str, tuple[int, ...]], ...]
+) -> tuple[bytes, dict[str, str]]:
+    """Call `skeleton`, whose result does not depend on weights, once for files of one model.
+
+    Args:
+      signatures: signatures to convert.
+      shapes: pairs of parameter path and dense shape.
+
+    Returns:
+      The result of `skeleton`, not to be changed.
+    """
+    return skeleton(signatures, dict(shapes))
+
+
 def run_converter(converter: Any, kind: str) -> bytes:
     """Run a TensorFlow Lite converter.
 
@@ -66,6 +83,8 @@ def run_converter(converter: Any, kind: str) -> bytes:
     Raises:
       ExportError: the converter fails; the message has the first line of its reason.
     """
+    # The exporters replace it, and the converter reads and writes the whole file in Python for it.
+    converter.exclude_conversion_metadata = True
     try:
         with quiet():
             return bytes(converter.convert())

@@ -32,7 +32,7 @@ SMALL_BUFFER = 64
 def exported(small_config, random_params, quantize, tmp_path_factory):
     """A text model of two signatures, in blocks, at 4 bits and at 8."""
     decoder = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 96}
-    config = small_config(**decoder, vocab_size=64)
+    config = small_config(**decoder, num_layers=2, vocab_size=64)
     config = dataclasses.replace(
         config, vision=None, speech=None, image_token_id=None, audio_token_id=None
     )

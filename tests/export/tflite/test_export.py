@@ -1,6 +1,7 @@
 """What the exported file holds, what is refused, and how it is written."""
 
 import dataclasses
+import functools
 import os
 
 import jax
@@ -8,21 +9,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import glm_edge as ge
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, MissingExtraError, OutputError
 from glm_edge.export.tflite import file as tflite_file
 from glm_edge.export.tflite.flatbuffer import FlatModel
 from glm_edge.export.tflite.weights import to_constant
+from glm_edge.kernels import quantization
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Masked, Quantized
 
 INT8 = Format("int8")
 INT4 = Format("int4")
+TWO_BITS = Format("int2", scale_dtype="bfloat16")
 BLOCKS = Format("int4", 32, scale_dtype="bfloat16")
 # Bytes that the graphs of all signatures of a small model keep below.
 GRAPHS = 200_000
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def applied(model, params, tokens):
+    return model.apply({"params": params}, tokens)[0]
+
+
+def texts(seed, *lengths):
+    """Random texts of these lengths."""
+    rng = np.random.default_rng(seed)
+    return [export.Window(rng.integers(20, 300, length).astype(np.int32)) for length in lengths]
 
 
 def replaced(params, path, leaf):
@@ -91,11 +104,11 @@ def test_weights_are_stored_once_for_all_signatures(exported):
             if tensor.name in (b"embed/weight", b"decoder/layers/0/mlp/down_proj/weight"):
                 buffers.setdefault(tensor.name, []).append(tensor.buffer)
     assert {name: len(set(result)) for name, result in buffers.items()} == dict.fromkeys(buffers, 1)
-    assert len(buffers[b"embed/weight"]) == 4
+    assert len(buffers[b"embed/weight"]) == 6
     assert len(buffers[b"decoder/layers/0/mlp/down_proj/weight"]) == 3
 
 
-def test_conversions_are_reported(exported, model, dense_params, quantize, tmp_path):
+def test_conversions_are_reported(exported, model, dense_params, quantize, sizes, tmp_path):
     assert [str(c) for c in exported.conversions] == [
         "speech/linear_1/weight: mask written as zeros in a dense weight"
     ]
@@ -103,18 +116,18 @@ def test_conversions_are_reported(exported, model, dense_params, quantize, tmp_p
     assert not isinstance(exported.params["speech"]["linear_1"]["weight"], Masked)
 
     wide = Format("int4", 32)
-    path = "decoder/layers/1/mlp/down_proj/weight"
-    box = quantize(dense_params["decoder"]["layers"]["1"]["mlp"]["down_proj"]["weight"], wide)
+    path = "decoder/layers/0/mlp/down_proj/weight"
+    box = quantize(dense_params["decoder"]["layers"]["0"]["mlp"]["down_proj"]["weight"], wide)
     halved = replaced(dense_params, path, box)
     halved["decoder"]["norm"]["weight"] = halved["decoder"]["norm"]["weight"].astype(jnp.bfloat16)
-    written = export.tflite(model, halved, tmp_path / "a.tflite", prefill_lengths=(), cache_slots=8)
+    written = export.tflite(model, halved, tmp_path / "a.tflite", **sizes)
     by_path = {c.path: c for c in written.conversions}
     assert by_path.keys() == {path, "decoder/norm/weight"}
     assert by_path[path].changes_values
     assert "float32 to bfloat16" in by_path[path].rule
     assert not by_path["decoder/norm/weight"].changes_values
     stored = export.read_constants(written.path)[path]
-    effective = written.params["decoder"]["layers"]["1"]["mlp"]["down_proj"]["weight"]
+    effective = written.params["decoder"]["layers"]["0"]["mlp"]["down_proj"]["weight"]
     np.testing.assert_array_equal(stored.scale.astype(np.float32), np.asarray(effective.scale))
     np.testing.assert_array_equal(effective.codes(), box.codes())
 
@@ -168,9 +181,13 @@ def test_stock_kernels_are_refused():
     ],
 )
 def test_codes_move_to_a_wider_type_that_runs_and_values_stay(form, columns, stored):
-    weight = jax.random.normal(jax.random.key(0), (6, columns))
-    rtn = ge.quantize.rtn(form)
-    box = rtn(None, {"weight": weight})[1]["weight"]
+    rng, parsed = np.random.default_rng(0), Format.parse(form)
+    low, high = quantization.code_range(parsed.qtype)
+    codes = rng.integers(low, high + 1, (6, columns)).astype(np.int8)
+    groups = 1 if isinstance(parsed.group_size, str | None) else columns // parsed.group_size
+    rows = 1 if parsed.group_size == "tensor" else 6
+    scale = rng.uniform(0.5, 2.0, (rows, groups)).astype(np.float16).astype(np.float32)
+    box = boxes.quantized(*jax.device_put((codes, scale)), None, parsed)
     constant, effective, conversions = to_constant("w", box)
     written = form if "-" in form else f"{form}-channel"
     rules = [f"w: {written} written as {stored} with the same values"] if stored else []
@@ -183,42 +200,37 @@ def test_codes_move_to_a_wider_type_that_runs_and_values_stay(form, columns, sto
 
 
 def test_halves_are_held_as_they_are_where_float16_can():
-    weight = jax.random.normal(jax.random.key(0), (4, 8))
-    half, _, conversions = to_constant("w", weight.astype(jnp.float16))
+    weight = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    half, _, conversions = to_constant("w", jnp.asarray(weight, jnp.float16))
     assert (half.type, conversions) == ("float16", [])
-    brain, effective, conversions = to_constant("w", weight.astype(jnp.bfloat16))
-    assert (brain.type, conversions[0].changes_values) == ("float16", False)
-    np.testing.assert_array_equal(effective, weight.astype(jnp.bfloat16).astype(jnp.float32))
-    large, _, conversions = to_constant("w", (1e6 * weight).astype(jnp.bfloat16))
+    brain = jnp.asarray(weight, jnp.bfloat16)
+    stored, effective, conversions = to_constant("w", brain)
+    assert (stored.type, conversions[0].changes_values) == ("float16", False)
+    np.testing.assert_array_equal(effective, np.asarray(brain).astype(np.float32))
+    large, _, conversions = to_constant("w", jnp.asarray(1e6 * weight, jnp.bfloat16))
     assert (large.type, conversions[0].changes_values) == ("float32", False)
-    bias, _, _ = to_constant("b", weight[0].astype(jnp.float16))
+    bias, _, _ = to_constant("b", jnp.asarray(weight[0], jnp.float16))
     assert bias.type == "float32"
 
 
-@pytest.mark.parametrize("kind", ["float16", "int2"])
-def test_halves_and_two_bits_run(kind, model, dense_params, tmp_path):
-    if kind == "float16":
-        written = jax.tree.map(lambda x: x.astype(jnp.float16), dense_params)
-    else:
-        rtn = ge.quantize.rtn("int2-scale=bfloat16", where="decoder/layers")
-        written = rtn(model, dense_params)[1]
-    file = export.tflite(
-        model, written, tmp_path / "a.tflite", prefill_lengths=(8,), cache_slots=64
-    )
-    layers = {"int2": {"int2-channel-scale=bfloat16", "float32"}, "float16": {"float16"}}[kind]
-    assert forms_held_bit_for_bit(file.path, written) == layers
+def test_halves_and_two_bits_run(model, dense_params, quantize, sizes, tmp_path):
+    def narrow(path, leaf):
+        two_bits = path.startswith("decoder/layers") and leaf.ndim == 2
+        return quantize(leaf, TWO_BITS) if two_bits else np.asarray(leaf, np.float16)
+
+    written = boxes.map_with_path(narrow, dense_params)
+    file = export.tflite(model, written, tmp_path / "a.tflite", **sizes)
+    assert forms_held_bit_for_bit(file.path, written) == {str(TWO_BITS), "float16"}
     assert_no_part_is_stored_twice(file)
     assert file.verify(free_running=3).passed
 
 
 def test_a_table_of_int4_is_looked_up_and_multiplied_with(
-    small_config, random_params, quantize, tmp_path
+    text_model, random_params, quantize, tmp_path
 ):
-    config = dataclasses.replace(small_config(num_layers=1), vision=None, speech=None)
-    text = MultimodalGLM(config)
-    params = random_params(text)
+    params = random_params(text_model)
     params["embed"]["weight"] = quantize(params["embed"]["weight"], INT4)
-    file = export.tflite(text, params, tmp_path / "a.tflite", prefill_lengths=(4,), cache_slots=32)
+    file = export.tflite(text_model, params, tmp_path / "a.tflite", (32,), 32, True)
     assert forms_held_bit_for_bit(file.path, params) == {str(INT4), "float32"}
     flat = FlatModel(file.path.read_bytes())
     readers = {}
@@ -231,10 +243,10 @@ def test_a_table_of_int4_is_looked_up_and_multiplied_with(
                     readers.setdefault(name, set()).add(graph.tensors[index].buffer)
     assert readers.keys() == {"EMBEDDING_LOOKUP", "FULLY_CONNECTED"}
     assert len(set().union(*readers.values())) == 1
-    tokens = np.arange(0, config.decoder.vocab_size, 7)
+    tokens = np.arange(0, text_model.config.decoder.vocab_size, 7)
     rows = export.LiteRTRunner(file.path).embed(tokens[:32])
     np.testing.assert_array_equal(rows, np.asarray(params["embed"]["weight"].unbox())[tokens[:32]])
-    assert file.verify().passed
+    assert file.verify(isolated=False).passed
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -333,9 +345,7 @@ def test_a_missing_extra_is_named(model, dense_params, tmp_path, monkeypatch):
 
 def test_a_text_model_with_its_own_head_has_no_encoders(small_config, random_params, tmp_path):
     config = dataclasses.replace(
-        small_config(tie_embeddings=False, num_layers=1, mrope_section=(2, 3, 3)),
-        vision=None,
-        speech=None,
+        small_config(tie_embeddings=False, mrope_section=(2, 3, 3)), vision=None, speech=None
     )
     text = MultimodalGLM(config)
     written = export.tflite(
@@ -345,22 +355,19 @@ def test_a_text_model_with_its_own_head_has_no_encoders(small_config, random_par
     phone = export.LiteRTRunner(written.path)
     details = phone.interpreter.get_signature_runner("prefill_4").get_input_details()
     assert tuple(details["positions"]["shape"]) == (3, 4)
-    tokens = jnp.arange(20, 27)
-    expected, _ = text.apply({"params": written.params}, tokens[None])
-    np.testing.assert_allclose(phone.score(np.asarray(tokens)), expected[0], atol=1e-4)
-    assert jax.numpy.isfinite(expected).all()
+    tokens = np.arange(20, 27)
+    expected = np.asarray(applied(text, written.params, tokens[None]))
+    np.testing.assert_allclose(phone.score(tokens), expected[0], atol=1e-4)
+    assert np.isfinite(expected).all()
 
 
-def test_signatures_that_look_at_few_slots_give_the_same(small_config, random_params, tmp_path):
-    config = dataclasses.replace(small_config(num_layers=1), vision=None, speech=None)
-    text = MultimodalGLM(config)
+def test_signatures_that_look_at_few_slots_give_the_same(text_model, random_params, tmp_path):
+    params = random_params(text_model)
     options = {"prefill_lengths": (4,), "cache_slots": 32}
     with pytest.raises(ExportError, match=r"attended_slots: \[8, 32\] must be 2 to 31"):
-        export.tflite(
-            text, random_params(text), tmp_path / "a.tflite", attended_slots=(8, 32), **options
-        )
+        export.tflite(text_model, params, tmp_path / "a.tflite", attended_slots=(8, 32), **options)
     written = export.tflite(
-        text, random_params(text), tmp_path / "a.tflite", attended_slots=(16, 8), **options
+        text_model, params, tmp_path / "a.tflite", attended_slots=(16, 8), **options
     )
     steps = ("decode", "decode_8", "decode_16", "prefill_4", "prefill_4_8")
     assert sorted(set(written.signatures) - {"embed", "embed_4"}) == sorted(steps)
@@ -375,8 +382,8 @@ def test_signatures_that_look_at_few_slots_give_the_same(small_config, random_pa
         logits, cache = phone.extend(rows[slot : slot + 1], slot, cache)
         scores.append(logits)
     assert set(used) == {*steps, "embed_4"} - {"prefill_4"}
-    expected, _ = text.apply({"params": written.params}, jnp.asarray(tokens)[None])
+    expected = np.asarray(applied(text_model, written.params, tokens[None]))
     np.testing.assert_allclose(np.concatenate(scores), expected[0, 7:], atol=1e-4)
     phone.extend(rows[8:13], 8, cache)
     assert used[-2:] == ["prefill_4", "decode_16"]
-    assert written.verify(isolated=True).passed
+    assert written.verify(texts(0, *[24] * 6), isolated=True).passed

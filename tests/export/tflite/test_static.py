@@ -1,7 +1,5 @@
 """Files that multiply on calibrated int8 grids give the products of JAX on the same grids."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,15 +10,11 @@ from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.compress import chain
 from glm_edge.errors import ExportError
-from glm_edge.export.common.signatures import Signature
-from glm_edge.export.tflite import file as tflite_file
-from glm_edge.export.tflite.converter import skeleton
 from glm_edge.export.tflite.flatbuffer import ActivationGrid, FlatModel
 from glm_edge.export.tflite.weights import to_constant
-from glm_edge.kernels import matmul
-from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Quantized
 
+multiplied = jax.jit(boxes.linear, static_argnums=2)
 LAYER = "decoder/layers/0"
 GROUPED = f"{LAYER}/mlp/down_proj/weight"
 STATIC = {
@@ -33,19 +27,18 @@ STATIC = {
 
 
 def with_grids(box: Quantized, inputs: ActivationGrid, outputs: ActivationGrid) -> Quantized:
-    return box.replace(
-        input_scale=jnp.float32(inputs.scale),
-        input_zero=jnp.int8(inputs.zero),
-        output_scale=jnp.float32(outputs.scale),
-        output_zero=jnp.int8(outputs.zero),
-    )
+    grids = {
+        "input_scale": np.float32(inputs.scale),
+        "input_zero": np.int8(inputs.zero),
+        "output_scale": np.float32(outputs.scale),
+        "output_zero": np.int8(outputs.zero),
+    }
+    return box.replace(**jax.device_put(grids))
 
 
 @pytest.fixture(scope="module")
-def calibrated(small_config, random_params):
+def calibrated(text_model, random_params):
     """A text model of int8, int4 per channel and int4 in groups, and its parameters."""
-    config = dataclasses.replace(small_config(num_layers=1), vision=None, speech=None)
-    model = MultimodalGLM(config)
     tokens = np.random.default_rng(0).integers(10, 320, (4, 32)).astype(np.int32)
     recipe = chain(
         ge.quantize.rtn("int4-g32", where="down_proj"),
@@ -53,7 +46,8 @@ def calibrated(small_config, random_params):
         ge.quantize.rtn("int8"),
         ge.quantize.activations(),
     )
-    return model, recipe(model, random_params(model), [{"tokens": tokens}])[1]
+    params = random_params(text_model)
+    return text_model, recipe(text_model, params, [{"tokens": tokens}])[1]
 
 
 @pytest.fixture(scope="module")
@@ -66,35 +60,25 @@ def written(calibrated, tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", [Format("int8"), Format("int4")], ids=str)
-def test_one_product_has_the_bits_of_the_static_kernel(form, quantize, tmp_path):
+def test_one_product_has_the_bits_of_the_static_kernel(form, quantize, product, tmp_path):
     from ai_edge_litert.interpreter import Interpreter
 
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(1, 16, 256)) + 0.3).astype(np.float32)
-    box = quantize(jnp.asarray(rng.normal(size=(48, 256)), jnp.float32), form)
+    box = quantize(rng.normal(size=(48, 256)).astype(np.float32), form)
     products = x[0] @ np.asarray(box.unbox()).T
     box = with_grids(
         box, ActivationGrid(5.0 / 255, -19), ActivationGrid(0.8 * np.ptp(products) / 255, 7)
     )
-    signature = Signature(
-        "product",
-        {"x": jax.ShapeDtypeStruct(x.shape, jnp.float32)},
-        lambda params, inputs: {"y": matmul.dense(inputs["x"], params["weight"])},
-        ("weight",),
-    )
-    content, arguments = skeleton([signature], {"weight": box.shape})
-    constant, effective, conversions = to_constant("weight", box)
+    effective, conversions = product(box, tmp_path / "a.tflite")
     assert not conversions
-    graph = FlatModel(content)
-    graph.attach({name: (path, constant) for name, path in arguments.items()})
-    graph.compact()
-    tflite_file.write(graph.model, tmp_path / "a.tflite", overwrite=False)
-    actual = Interpreter(str(tmp_path / "a.tflite")).get_signature_runner("product")(x=x)["y"]
-    expected = np.asarray(boxes.linear(jnp.asarray(x), effective, "int8_static"))
+    runner = Interpreter(str(tmp_path / "a.tflite")).get_signature_runner("product_16")
+    actual = runner(x=x)["y"]
+    expected = np.asarray(multiplied(x, effective, "int8_static"))
     np.testing.assert_array_equal(actual, expected)
     steps = expected / float(box.output_scale) + 7
     assert steps.min() < -127.9 or steps.max() > 126.9, "nothing clips"
-    dynamic = boxes.linear(jnp.asarray(x), effective, "int8_dynamic")
+    dynamic = multiplied(x, effective, "int8_dynamic")
     assert np.abs(actual - dynamic).max() > float(box.output_scale)
 
 
@@ -150,7 +134,7 @@ def test_a_static_product_is_no_hybrid_one_for_delegates(written):
 
 def test_static_ranges_without_a_kernel_are_named(quantize):
     """Static ranges that no kernel reads are left out and named."""
-    weight = jax.random.normal(jax.random.key(0), (6, 64))
+    weight = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
     full = with_grids(
         quantize(weight, Format("int8")), ActivationGrid(0.02, 3), ActivationGrid(0.1, -5)
     )

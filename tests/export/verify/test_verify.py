@@ -10,15 +10,11 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError
-from glm_edge.export.common.signatures import Signature
 from glm_edge.export.tflite import file as tflite_file
-from glm_edge.export.tflite.converter import skeleton
 from glm_edge.export.tflite.flatbuffer import FlatModel
-from glm_edge.export.tflite.weights import to_constant
 from glm_edge.export.verify.runner import JaxRunner
 from glm_edge.export.verify.verify import signature_distances
 from glm_edge.generate.decoding import greedy
-from glm_edge.kernels import matmul
 from glm_edge.params import Format
 from glm_edge.preprocess import Inputs
 
@@ -28,6 +24,7 @@ def applied(model, variables, *inputs):
     return model.apply(variables, *inputs)
 
 
+multiplied = jax.jit(boxes.linear, static_argnums=2)
 FORMS = [
     Format("int8"),
     Format("int4"),
@@ -55,33 +52,22 @@ def prompt(model):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("rows", [1, 16])
-def test_one_product_has_the_bits_of_the_int8_dynamic_kernel(form, rows, quantize, tmp_path):
+def test_one_product_has_the_bits_of_the_int8_dynamic_kernel(form, quantize, product, tmp_path):
     from ai_edge_litert.interpreter import Interpreter
 
-    rng = np.random.default_rng(rows)
-    x = (rng.normal(size=(1, rows, 256)) + 0.3).astype(np.float32)
-    box = quantize(jnp.asarray(rng.normal(size=(48, 256)), jnp.float32), form)
-    signature = Signature(
-        "product",
-        {"x": jax.ShapeDtypeStruct(x.shape, jnp.float32)},
-        lambda params, inputs: {"y": matmul.dense(inputs["x"], params["weight"])},
-        ("weight",),
-    )
-    content, arguments = skeleton([signature], {"weight": box.shape})
-    constant, effective, _ = to_constant("weight", box)
-    graph = FlatModel(content)
-    graph.attach({name: (path, constant) for name, path in arguments.items()})
-    graph.compact()
-    tflite_file.write(graph.model, tmp_path / "a.tflite", overwrite=False)
-    runner = Interpreter(str(tmp_path / "a.tflite")).get_signature_runner("product")
-    actual = runner(x=x)["y"]
-    expected = boxes.linear(jnp.asarray(x), effective, "int8_dynamic")
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
-    if form.group_size is None:
-        np.testing.assert_array_equal(actual, expected)
-    plain = boxes.linear(jnp.asarray(x), effective)
-    assert np.abs(actual - plain).max() > 100 * np.abs(actual - expected).max()
+    rng = np.random.default_rng(1)
+    box = quantize(rng.normal(size=(48, 256)).astype(np.float32), form)
+    effective, _ = product(box, tmp_path / "a.tflite")
+    runners = Interpreter(str(tmp_path / "a.tflite"))
+    for rows in (1, 16):
+        x = (rng.normal(size=(1, rows, 256)) + 0.3).astype(np.float32)
+        actual = runners.get_signature_runner(f"product_{rows}")(x=x)["y"]
+        expected = multiplied(x, effective, "int8_dynamic")
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+        if form.group_size is None:
+            np.testing.assert_array_equal(actual, expected)
+        plain = multiplied(x, effective, "float32")
+        assert np.abs(actual - plain).max() > 100 * np.abs(actual - expected).max()
 
 
 def test_float_file_gives_the_logits_of_the_model(dense_export, model, dense_params, prompt):
