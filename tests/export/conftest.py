@@ -74,7 +74,7 @@ def mixed(path: str, leaf):
     if path.startswith("vision/layers/0"):
         return quantize(leaf, INT4)
     if path == "speech/linear_1/weight":
-        return boxes.mask(leaf, jnp.abs(leaf) > 0.05)
+        return boxes.mask(leaf, jax.device_put(np.abs(np.asarray(leaf)) > 0.05))
     return leaf if path == "speech/linear_2/weight" else quantize(leaf, INT8)
 
 

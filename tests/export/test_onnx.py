@@ -24,15 +24,14 @@ from glm_edge.params import Format, Quantized
 onnx_library = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-SLOTS, LENGTH = 64, 8
+SLOTS, LENGTH = 64, 32
 FORMS = {
     "decoder/layers/0/attention/q_proj/weight": Format("int4", 32, False),
     "decoder/layers/0/attention/k_proj/weight": Format("int8", 64),
     "decoder/layers/0/attention/v_proj/weight": Format("int8", "tensor"),
     "decoder/layers/0/mlp/gate_up_proj/weight": Format("int3", 32),
-    "decoder/layers/1/attention/q_proj/weight": Format("int2"),
-    "decoder/layers/1/mlp/down_proj/weight": Format("int8", None, False),
-    "embed/weight": Format("int4"),
+    "decoder/layers/0/mlp/down_proj/weight": Format("int8", None, False),
+    "embed/weight": Format("int2"),
 }
 
 
@@ -78,12 +77,12 @@ def errors(signature, params, inputs, actual):
 @pytest.fixture(scope="module")
 def exported_onnx(model, params, tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / "small"
-    return onnx(model, params, path, prefill_lengths=(LENGTH,), cache_slots=SLOTS)
+    return onnx(model, params, path, (LENGTH,), SLOTS, prefill_logits=True)
 
 
 @pytest.fixture(scope="module")
 def offered(model):
-    return {s.name: s for s in signatures(model, (LENGTH,), SLOTS)}
+    return {s.name: s for s in signatures(model, (LENGTH,), SLOTS, prefill_logits=True)}
 
 
 def short_windows(count=1):
@@ -194,7 +193,7 @@ def test_one_other_byte_of_a_weight_is_found(exported_onnx, model, tmp_path):
     stored = onnx_library.load(exported_onnx.path / "decode.onnx", load_external_data=False)
     places = {tensor.name: tensor.external_data for tensor in stored.graph.initializer}
     for index, name in enumerate(
-        ["decoder/layers/1/mlp/down_proj/weight", "decoder/norm/weight", "embed/weight.scale"]
+        ["decoder/layers/0/mlp/down_proj/weight", "decoder/norm/weight", "embed/weight.scale"]
     ):
         start = next(int(e.value) for e in places[name] if e.key == "offset")
 
@@ -217,7 +216,7 @@ def test_a_graph_that_computes_something_else_fails(exported_onnx, model, tmp_pa
             node.op_type = "Sub"
         return stored.SerializeToString()
 
-    changed = other_bytes(exported_onnx.path, tmp_path / "a", "decode.onnx", change)
+    changed = other_bytes(exported_onnx.path, tmp_path / "a", f"prefill_{LENGTH}.onnx", change)
     write_description(changed, export.read_metadata(changed) | {"verified": False})
     with pytest.raises(ExportError, match=r"threshold 99\.00%"):
         export.verify(changed, model, exported_onnx.params, short_windows(3), free_running=0)
@@ -248,7 +247,7 @@ def test_damaged_directories_are_refused(exported_onnx, model, outcome, tmp_path
         (DESCRIPTION, fields(cache_slots=SLOTS // 2)),
         (DESCRIPTION, fields(prefill_lengths=[LENGTH, LENGTH])),
         (DESCRIPTION, fields(prefill_lengths=[LENGTH + 1])),
-        (DESCRIPTION, fields(prefill_logits=True)),
+        (DESCRIPTION, fields(prefill_logits=False)),
     ]
     for index, (name, change) in enumerate(changes):
         changed = other_bytes(exported_onnx.path, tmp_path / f"{index}", name, change)
@@ -277,7 +276,7 @@ def test_groups_zero_points_and_narrow_types_are_held_and_run(other_forms, offer
         assert_held(stored[path], leaf)
     rules = {c.path: c for c in written.conversions}
     assert "int3 written as int4" in rules["decoder/layers/0/mlp/gate_up_proj/weight"].rule
-    assert "int2 written as int4" in rules["decoder/layers/1/attention/q_proj/weight"].rule
+    assert "int2 written as int4" in rules["embed/weight"].rule
     assert not any(conversion.changes_values for conversion in written.conversions)
     for name in ("embed", "decode"):
         inputs = feed(offered[name], seed=1)
@@ -360,7 +359,7 @@ def test_a_missing_extra_is_named(model, params, tmp_path, monkeypatch):
 
 def test_three_dimensional_positions_and_an_own_head(small_config, random_params, tmp_path):
     config = dataclasses.replace(
-        small_config(tie_embeddings=False, num_layers=1, mrope_section=(2, 3, 3)),
+        small_config(tie_embeddings=False, mrope_section=(2, 3, 3)),
         vision=None,
         speech=None,
     )
@@ -376,9 +375,7 @@ def test_three_dimensional_positions_and_an_own_head(small_config, random_params
 
 
 def test_graphs_that_look_at_few_slots_give_the_same(small_config, random_params, tmp_path):
-    import dataclasses
-
-    config = dataclasses.replace(small_config(), vision=None, speech=None)
+    config = dataclasses.replace(small_config(num_layers=2), vision=None, speech=None)
     text = MultimodalGLM(config)
     params, options = random_params(text), {"prefill_lengths": (4,), "cache_slots": SLOTS}
     with pytest.raises(ExportError, match=r"attended_slots: \[8, 64\] must be 2 to 63"):

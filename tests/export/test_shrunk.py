@@ -29,10 +29,6 @@ SHRINK = ge.chain(
     ge.prune.encoders(0.25, neurons=0.3, score="magnitude", where="layers/0/"),
     ge.prune.vocabulary(KEEP),
 )
-ROUND = ge.chain(
-    ge.quantize.rtn("int4-g32", where="^decoder/", fallback_bits=8),
-    ge.quantize.rtn("int8"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +39,8 @@ def shrunk(small_config, random_params):
 
 
 @pytest.fixture(scope="module")
-def rounded(shrunk):
-    return ROUND(*shrunk[:2])
+def rounded(shrunk, rounded):
+    return shrunk[0], rounded(shrunk[1])
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +90,7 @@ def test_a_shrunk_model_is_rounded_and_written(rounded_file):
 
 @pytest.mark.parametrize("kind", ["dense", "rounded"])
 def test_a_checkpoint_of_a_shrunk_model_is_what_its_file_holds(kind, request, tmp_path):
-    (model, params, _), written = (
+    (model, params, *_), written = (
         request.getfixturevalue(name)
         for name in (("shrunk", "dense_file") if kind == "dense" else ("rounded", "rounded_file"))
     )

@@ -10,69 +10,12 @@ import pytest
 
 from glm_edge.errors import DataError, ExportError, MissingExtraError
 from glm_edge.export import Verification, read_metadata
-from glm_edge.export.litertlm.export import litertlm
 from glm_edge.export.litertlm.verify import agreeing, png
 from glm_edge.export.verify.worker import InterpreterProcess
-from glm_edge.models.multimodal import MultimodalGLM
-from glm_edge.preprocess import AudioProcessing, ImageProcessing, Processor
+from tests.export.litertlm.tiny_bundles import SLOTS, TEMPLATE, processor
 
 if not (find_spec("litert_lm") and find_spec("litert_lm_builder")):
     pytest.skip("the extra litertlm is not installed", allow_module_level=True)
-
-MARKS = ("<end>", "<image>", "<audio>")
-TEMPLATE = """
-{%- for message in messages -%}
-{%- for item in message.content -%}
-{%- if item.type == 'text' -%}{{ item.text ~ ' ' }}
-{%- else -%}{{ '<' ~ item.type ~ '> ' }}
-{%- endif -%}
-{%- endfor -%}
-{%- endfor -%}
-"""
-VOCABULARY, SLOTS = 160, 96
-
-
-def processor(**encoders):
-    """One word a token, so that a text tells its tokens."""
-    import tokenizers
-
-    words = [*MARKS, *(f"w{index:03d}" for index in range(len(MARKS), VOCABULARY))]
-    ids = {word: index for index, word in enumerate(words)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=MARKS[0]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(list(MARKS))
-    marks = {"image_token": "<image>", "audio_token": "<audio>"}
-    return Processor(tokenizer, TEMPLATE, stop_token_ids=(0,), **marks, **encoders)
-
-
-@pytest.fixture(scope="module")
-def config(small_config):
-    sizes = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
-    config = small_config(vocab_size=VOCABULARY, intermediate_size=96, **sizes)
-    vision = dataclasses.replace(config.vision, num_layers=1, window=None, global_layers=())
-    ids = {"image_token_id": 1, "audio_token_id": 2, "eos_token_ids": (0,), "pad_token_id": 0}
-    return dataclasses.replace(config, vision=vision, **ids)
-
-
-@pytest.fixture(scope="module")
-def text_bundle(config, random_params, rounded, tmp_path_factory):
-    """A model without encoders, of quantized weights."""
-    model = MultimodalGLM(dataclasses.replace(config, vision=None, speech=None))
-
-    params = rounded(random_params(model))
-    path = tmp_path_factory.mktemp("text") / "text.litertlm"
-    return litertlm(model, params, processor(), path, (8, 32), SLOTS)
-
-
-@pytest.fixture(scope="module")
-def media_bundle(config, random_params, tmp_path_factory):
-    """A model that sees images and hears recordings."""
-    image = ImageProcessing("stretch", (64, 32), eight_bit=False)
-    image = dataclasses.replace(image, patch_size=8, temporal_patch_size=1)
-    audio = AudioProcessing(40, 8000, 200, 80, chunk_s=0.32, max_s=1.0)
-    model, prepared = MultimodalGLM(config), processor(image=image, audio=audio)
-    path = tmp_path_factory.mktemp("media") / "media.litertlm"
-    return litertlm(model, random_params(model), prepared, path, (32,), SLOTS)
 
 
 def unpacked(bundle, directory):
@@ -143,9 +86,9 @@ def test_a_cache_without_room_for_three_turns_marks_nothing(text_bundle, tmp_pat
     assert [stored["verified"] for stored in unpacked(complete, tmp_path / "after")] == [False]
 
 
-def test_images_and_recordings_are_verified_too(media_bundle, tmp_path, monkeypatch):
+def test_images_and_recordings_are_verified_too(heard_and_seen, tmp_path, monkeypatch):
     few_tokens_suffice(monkeypatch)
-    complete = copied(media_bundle, tmp_path / "media.litertlm")
+    complete = copied(heard_and_seen, tmp_path / "media.litertlm")
     result = complete.verify(prompts=9, max_new_tokens=4)
     assert result.agreement == 1.0
     assert result.tokens > 20
@@ -155,9 +98,10 @@ def test_images_and_recordings_are_verified_too(media_bundle, tmp_path, monkeypa
 
 def test_other_answers_fail(text_bundle, tmp_path):
     complete = copied(text_bundle, tmp_path / "text.litertlm")
-    swapped = dataclasses.replace(
-        processor(), template=TEMPLATE.replace("item.text", "item.text ~ ' w100'")
-    )
+    template = TEMPLATE
+    for content in ("item.text", "message.content"):
+        template = template.replace(f"{{{{ {content}", f"{{{{ {content} ~ ' w100'")
+    swapped = dataclasses.replace(processor(), template=template)
     other = dataclasses.replace(complete, processor=swapped)
     with pytest.raises(ExportError, match=r"threshold 99\.00%"):
         other.verify(["w010 w020 w030"], prompts=2, max_new_tokens=12)
@@ -248,10 +192,10 @@ def test_a_missing_engine_is_named(text_bundle, monkeypatch):
         text_bundle.verify(prompts=1)
 
 
-def test_conversation_reads_answers_with_their_stop_token(media_bundle):
+def test_conversation_reads_answers_with_their_stop_token(heard_and_seen):
     """The engine gives zeros for the last token of an answer where embeddings are read."""
-    assert media_bundle.answer_end == 0
-    result = media_bundle.verify(prompts=1, max_new_tokens=4, seed=3, check=False)
+    assert heard_and_seen.answer_end == 0
+    result = heard_and_seen.verify(prompts=1, max_new_tokens=4, seed=3, check=False)
     assert result.agreement == 1.0
     # Three turns of the conversation, besides the prompt.
     assert result.tokens > 9

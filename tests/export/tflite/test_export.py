@@ -246,7 +246,12 @@ def test_a_table_of_int4_is_looked_up_and_multiplied_with(
     tokens = np.arange(0, text_model.config.decoder.vocab_size, 7)
     rows = export.LiteRTRunner(file.path).embed(tokens[:32])
     np.testing.assert_array_equal(rows, np.asarray(params["embed"]["weight"].unbox())[tokens[:32]])
-    assert file.verify(isolated=False).passed
+    result = file.verify(isolated=False)
+    assert result.passed
+    weight_only = file.verify(compute="float32", check=False, free_running=0, isolated=False)
+    assert weight_only.mean_kl > result.mean_kl
+    assert weight_only.threshold == 0.97
+    assert weight_only.free_running_agreement is None
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

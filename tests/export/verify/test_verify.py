@@ -136,10 +136,6 @@ def test_compressed_file_agrees_with_jax_on_the_same_integers(exported, prompt):
     assert result.signatures.keys() == set(exported.signatures)
     assert result.mean_kl < 0.01
     assert export.read_metadata(exported.path)["verified"] is True
-    weight_only = exported.verify(compute="float32", check=False, free_running=0)
-    assert weight_only.mean_kl > result.mean_kl
-    assert weight_only.threshold == 0.97
-    assert weight_only.free_running_agreement is None
 
 
 def test_few_tokens_or_a_lower_threshold_mark_nothing(dense_export, prompt):
