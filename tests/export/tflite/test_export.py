@@ -213,13 +213,13 @@ def test_halves_are_held_as_they_are_where_float16_can():
     assert bias.type == "float32"
 
 
-def test_halves_and_two_bits_run(model, dense_params, quantize, sizes, tmp_path):
+def test_halves_and_two_bits_run(text_model, random_params, quantize, tmp_path):
     def narrow(path, leaf):
-        two_bits = path.startswith("decoder/layers") and leaf.ndim == 2
+        two_bits = "mlp" in path and leaf.ndim == 2
         return quantize(leaf, TWO_BITS) if two_bits else np.asarray(leaf, np.float16)
 
-    written = boxes.map_with_path(narrow, dense_params)
-    file = export.tflite(model, written, tmp_path / "a.tflite", **sizes)
+    written = boxes.map_with_path(narrow, random_params(text_model))
+    file = export.tflite(text_model, written, tmp_path / "a.tflite", (32,), 32, True)
     assert forms_held_bit_for_bit(file.path, written) == {str(TWO_BITS), "float16"}
     assert_no_part_is_stored_twice(file)
     assert file.verify(free_running=3).passed

@@ -8,7 +8,6 @@ import pytest
 import glm_edge as ge
 from glm_edge import export
 from glm_edge import params as boxes
-from glm_edge.compress import chain
 from glm_edge.errors import ExportError
 from glm_edge.export.tflite.flatbuffer import ActivationGrid, FlatModel
 from glm_edge.export.tflite.weights import to_constant
@@ -16,6 +15,7 @@ from glm_edge.params import Format, Quantized
 
 multiplied = jax.jit(boxes.linear, static_argnums=2)
 LAYER = "decoder/layers/0"
+GATE_UP = f"{LAYER}/mlp/gate_up_proj/weight"
 GROUPED = f"{LAYER}/mlp/down_proj/weight"
 STATIC = {
     f"{LAYER}/{name}/weight"
@@ -37,17 +37,19 @@ def with_grids(box: Quantized, inputs: ActivationGrid, outputs: ActivationGrid) 
 
 
 @pytest.fixture(scope="module")
-def calibrated(text_model, random_params):
+def calibrated(text_model, random_params, quantize):
     """A text model of int8, int4 per channel and int4 in groups, and its parameters."""
     tokens = np.random.default_rng(0).integers(10, 320, (4, 32)).astype(np.int32)
-    recipe = chain(
-        ge.quantize.rtn("int4-g32", where="down_proj"),
-        ge.quantize.rtn("int4", where="gate_up_proj"),
-        ge.quantize.rtn("int8"),
-        ge.quantize.activations(),
-    )
-    params = random_params(text_model)
-    return text_model, recipe(text_model, params, [{"tokens": tokens}])[1]
+
+    def box(path, leaf):
+        if not boxes.is_matrix(path, leaf):
+            return leaf
+        forms = {GROUPED: Format.parse("int4-g32"), GATE_UP: Format("int4")}
+        return quantize(leaf, forms.get(path, Format("int8")))
+
+    params = boxes.map_with_path(box, random_params(text_model))
+    calibrate = ge.quantize.activations()
+    return text_model, calibrate(text_model, params, [{"tokens": tokens}])[1]
 
 
 @pytest.fixture(scope="module")
