@@ -99,7 +99,7 @@ def params(dense_params):
 @pytest.fixture(scope="session")
 def sizes():
     """Options of the small model's files; files of the same sizes share their conversion."""
-    return {"prefill_lengths": (8, 32), "cache_slots": 64, "prefill_logits": True}
+    return {"prefill_lengths": (32,), "cache_slots": 64, "prefill_logits": True}
 
 
 @pytest.fixture(scope="session")
@@ -124,6 +124,12 @@ def exported(model, params, sizes, tmp_path_factory):
 def text_model():
     """The small model without encoders."""
     return MultimodalGLM(dataclasses.replace(small_config(), vision=None, speech=None))
+
+
+@pytest.fixture(scope="session")
+def text_params(text_model):
+    """Its parameters, not compressed."""
+    return random_params(text_model)
 
 
 @pytest.fixture(scope="session")

@@ -80,18 +80,24 @@ def replaced(params, path, leaf):
     return boxes.map_with_path(lambda p, old: leaf if p == path else old, params)
 
 
+def with_value(array, index, value):
+    changed = np.array(array)
+    changed[index] = value
+    return jax.device_put(changed)
+
+
 def spoiled(params, quantize, where, value):
     """Parameters with one number that is not finite, and the path of it."""
     if where == "array":
         weight = dict(boxes.path_items(params))[NORM]
-        return replaced(params, NORM, weight.at[3].set(value)), NORM
+        return replaced(params, NORM, with_value(weight, 3, value)), NORM
     dense = boxes.dense(dict(boxes.path_items(params))[MATRIX])
     if where == "masked":
-        leaf = boxes.mask(dense.at[3, 5].set(value), jnp.ones(dense.shape, bool))
+        leaf = boxes.mask(with_value(dense, (3, 5), value), np.ones(dense.shape, bool))
         return replaced(params, MATRIX, leaf), MATRIX
     grouped = Format("int4", 32, scale_dtype="bfloat16")
     box = quantize(dense, grouped if where == "scales of groups" else Format("int8"))
-    return replaced(params, MATRIX, box.replace(scale=box.scale.at[3, 0].set(value))), MATRIX
+    return replaced(params, MATRIX, box.replace(scale=with_value(box.scale, (3, 0), value))), MATRIX
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])

@@ -85,6 +85,10 @@ def test_a_file_of_a_shrunk_model_gives_its_logits(dense_file):
 def test_a_shrunk_model_is_rounded_and_written(rounded_file):
     forms = {constant.type for constant in export.read_constants(rounded_file.path).values()}
     assert forms == {"int4", "int8", "float32"}
+
+
+@pytest.mark.slow
+def test_a_shrunk_and_rounded_model_agrees_with_its_file(rounded_file):
     assert rounded_file.verify(free_running=2, isolated=False).passed
 
 

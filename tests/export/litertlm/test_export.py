@@ -187,7 +187,7 @@ def in_three_dimensions(small_config, random_params, tmp_path_factory):
     """Such a model that sees and hears, as `phone_9b` does."""
     path = tmp_path_factory.mktemp("grid") / "grid.litertlm"
     encoders = {"image": ImageProcessing(min_pixels=1, patch_size=8), "audio": AUDIO}
-    return with_grid_positions(small_config, random_params, path, (32,), **encoders)
+    return with_grid_positions(small_config, random_params, path, (16,), **encoders)
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +387,7 @@ def test_positions_in_three_dimensions_reach_the_decoder(in_three_dimensions, me
 def test_positions_in_three_dimensions_go_on_from_call_to_call(in_three_dimensions, media, layout):
     kinds = {"i": ("image", media["image_1"]), "a": ("audio", media["audio_2560"])}
     content = [
-        text(seed, 26 + seed) if kind == "t" else {"type": kinds[kind][0], "path": kinds[kind][1]}
+        text(seed, 14 + seed) if kind == "t" else {"type": kinds[kind][0], "path": kinds[kind][1]}
         for seed, kind in enumerate(layout)
     ]
     wanted, inputs = expected(in_three_dimensions, content)

@@ -104,8 +104,8 @@ def test_weights_are_stored_once_for_all_signatures(exported):
             if tensor.name in (b"embed/weight", b"decoder/layers/0/mlp/down_proj/weight"):
                 buffers.setdefault(tensor.name, []).append(tensor.buffer)
     assert {name: len(set(result)) for name, result in buffers.items()} == dict.fromkeys(buffers, 1)
-    assert len(buffers[b"embed/weight"]) == 6
-    assert len(buffers[b"decoder/layers/0/mlp/down_proj/weight"]) == 3
+    assert len(buffers[b"embed/weight"]) == 4
+    assert len(buffers[b"decoder/layers/0/mlp/down_proj/weight"]) == 2
 
 
 def test_conversions_are_reported(exported, model, dense_params, quantize, sizes, tmp_path):
@@ -213,12 +213,12 @@ def test_halves_are_held_as_they_are_where_float16_can():
     assert bias.type == "float32"
 
 
-def test_halves_and_two_bits_run(text_model, random_params, quantize, tmp_path):
+def test_halves_and_two_bits_run(text_model, text_params, quantize, tmp_path):
     def narrow(path, leaf):
         two_bits = "mlp" in path and leaf.ndim == 2
         return quantize(leaf, TWO_BITS) if two_bits else np.asarray(leaf, np.float16)
 
-    written = boxes.map_with_path(narrow, random_params(text_model))
+    written = boxes.map_with_path(narrow, text_params)
     file = export.tflite(text_model, written, tmp_path / "a.tflite", (32,), 32, True)
     assert forms_held_bit_for_bit(file.path, written) == {str(TWO_BITS), "float16"}
     assert_no_part_is_stored_twice(file)
@@ -226,10 +226,10 @@ def test_halves_and_two_bits_run(text_model, random_params, quantize, tmp_path):
 
 
 def test_a_table_of_int4_is_looked_up_and_multiplied_with(
-    text_model, random_params, quantize, tmp_path
+    text_model, text_params, quantize, tmp_path
 ):
-    params = random_params(text_model)
-    params["embed"]["weight"] = quantize(params["embed"]["weight"], INT4)
+    table = quantize(text_params["embed"]["weight"], INT4)
+    params = replaced(text_params, "embed/weight", table)
     file = export.tflite(text_model, params, tmp_path / "a.tflite", (32,), 32, True)
     assert forms_held_bit_for_bit(file.path, params) == {str(INT4), "float32"}
     flat = FlatModel(file.path.read_bytes())
@@ -354,26 +354,26 @@ def test_a_text_model_with_its_own_head_has_no_encoders(small_config, random_par
     )
     text = MultimodalGLM(config)
     written = export.tflite(
-        text, random_params(text), tmp_path / "a.tflite", prefill_lengths=(4,), cache_slots=16
+        text, random_params(text), tmp_path / "a.tflite", (4, 8), 16, prefill_logits=True
     )
-    assert written.signatures == ("embed", "decode", "embed_4", "prefill_4")
+    lengths = ("embed_4", "prefill_4", "embed_8", "prefill_8")
+    assert written.signatures == ("embed", "decode", *lengths)
     phone = export.LiteRTRunner(written.path)
     details = phone.interpreter.get_signature_runner("prefill_4").get_input_details()
     assert tuple(details["positions"]["shape"]) == (3, 4)
-    tokens = np.arange(20, 27)
+    tokens = np.arange(20, 31)
+    assert [length for _, _, length in phone._chunks(0, len(tokens))] == [8, 4]
     expected = np.asarray(applied(text, written.params, tokens[None]))
     np.testing.assert_allclose(phone.score(tokens), expected[0], atol=1e-4)
     assert np.isfinite(expected).all()
 
 
-def test_signatures_that_look_at_few_slots_give_the_same(text_model, random_params, tmp_path):
-    params = random_params(text_model)
+def test_signatures_that_look_at_few_slots_give_the_same(text_model, text_params, tmp_path):
     options = {"prefill_lengths": (4,), "cache_slots": 32}
+    target = text_model, text_params, tmp_path / "a.tflite"
     with pytest.raises(ExportError, match=r"attended_slots: \[8, 32\] must be 2 to 31"):
-        export.tflite(text_model, params, tmp_path / "a.tflite", attended_slots=(8, 32), **options)
-    written = export.tflite(
-        text_model, params, tmp_path / "a.tflite", attended_slots=(16, 8), **options
-    )
+        export.tflite(*target, attended_slots=(8, 32), **options)
+    written = export.tflite(*target, attended_slots=(16, 8), **options)
     steps = ("decode", "decode_8", "decode_16", "prefill_4", "prefill_4_8")
     assert sorted(set(written.signatures) - {"embed", "embed_4"}) == sorted(steps)
     phone, used = export.LiteRTRunner(written.path), []

@@ -19,6 +19,9 @@ IMAGE = {"images": jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)}
 TOKENS = {"tokens": jax.ShapeDtypeStruct((1, 6), jnp.int32)}
 
 
+rounded_to_codes = jax.jit(quantization.quantize, static_argnums=3)
+
+
 class Seer(nn.Module):
     """A convolution, a batch norm, stock attention, and products."""
 
@@ -51,20 +54,21 @@ class Layer(nn.Module):
 def boxed(kernel, form, stack=0):
     """A stock kernel in rows of outputs, rounded to nearest."""
     shape = kernel.shape[stack:]
-    matrix = kernel.reshape(*kernel.shape[:stack], -1, shape[-1])
-    rows = jnp.swapaxes(matrix, -1, -2)
+    matrix = np.asarray(kernel).reshape(*kernel.shape[:stack], -1, shape[-1])
+    rows = np.swapaxes(matrix, -1, -2)
     size = form.group_size or rows.shape[-1]
     groups = rows.reshape(*rows.shape[:-1], -1, size)
-    scale, zero = jnp.abs(groups).max(-1) / quantization.code_range(form.qtype)[1], None
-    if not form.symmetric:
-        zero = jnp.full(scale.shape, 2, jnp.int8)
-    codes = quantization.quantize(rows, scale, zero, form.qtype)
+    scale = np.abs(groups).max(-1) / np.float32(quantization.code_range(form.qtype)[1])
+    zero = None if form.symmetric else np.full(scale.shape, 2, np.int8)
+    scale, zero = jax.device_put((scale, zero))
+    codes = rounded_to_codes(rows, scale, zero, form.qtype)
     return boxes.quantized(codes, scale, zero, form, shape)
 
 
 def table(array, form):
-    scale = jnp.abs(array).max(-1, keepdims=True) / quantization.code_range(form.qtype)[1]
-    return boxes.quantized(quantization.quantize(array, scale, None, form.qtype), scale, None, form)
+    highest = np.float32(quantization.code_range(form.qtype)[1])
+    scale = jax.device_put(np.abs(np.asarray(array)).max(-1, keepdims=True) / highest)
+    return boxes.quantized(rounded_to_codes(array, scale, None, form.qtype), scale, None, form)
 
 
 def see(variables, inputs):
@@ -92,7 +96,8 @@ def variables():
         side["kernel"] = boxed(side["kernel"], form)
     params["wide"]["kernel"] = boxed(params["wide"]["kernel"], Format("int4", 8))
     kernel = params["narrow"]["kernel"]
-    params["narrow"]["kernel"] = boxes.mask(kernel, jnp.abs(kernel) > 0.1)
+    kept = jax.device_put(np.abs(np.asarray(kernel)) > 0.1)
+    params["narrow"]["kernel"] = boxes.mask(kernel, kept)
     params["head"]["kernel"] = params["head"]["kernel"].astype(jnp.bfloat16)
     return result
 
