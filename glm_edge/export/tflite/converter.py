@@ -55,7 +55,7 @@ def skeleton(
 
 
 @functools.lru_cache(maxsize=4)
-def kept_skeleton(
+def shared_skeleton(
     signatures: tuple[Signature, ...], shapes: tuple[tuple[str, tuple[int, ...]], ...]
 ) -> tuple[bytes, dict[str, str]]:
     """Call `skeleton`, whose result does not depend on weights, once for files of one model.

@@ -10,7 +10,7 @@ from glm_edge import params as boxes
 from glm_edge.export.common.signatures import Signature, make_spec
 from glm_edge.export.common.weights import Conversion
 from glm_edge.export.tflite import file as tflite_file
-from glm_edge.export.tflite.converter import kept_skeleton, tensorflow
+from glm_edge.export.tflite.converter import shared_skeleton, tensorflow
 from glm_edge.export.tflite.flatbuffer import FlatModel
 from glm_edge.export.tflite.weights import TFLiteWeights, to_tflite_weights
 from glm_edge.export.verify.results import Verification
@@ -153,7 +153,7 @@ def write_signatures(
       OutputError: the file already exists or cannot be written.
     """
     tensorflow()  # A graph that is kept raises no error if the extra is missing.
-    content, arguments = kept_skeleton(tuple(signatures), tuple(shapes.items()))
+    content, arguments = shared_skeleton(tuple(signatures), tuple(shapes.items()))
     graph = FlatModel(content)
     graph.attach({name: (where, weights.constants[where]) for name, where in arguments.items()})
     graph.add_metadata(

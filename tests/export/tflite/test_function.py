@@ -96,8 +96,8 @@ def variables():
         side["kernel"] = boxed(side["kernel"], form)
     params["wide"]["kernel"] = boxed(params["wide"]["kernel"], Format("int4", 8))
     kernel = params["narrow"]["kernel"]
-    kept = jax.device_put(np.abs(np.asarray(kernel)) > 0.1)
-    params["narrow"]["kernel"] = boxes.mask(kernel, kept)
+    mask = jax.device_put(np.abs(np.asarray(kernel)) > 0.1)
+    params["narrow"]["kernel"] = boxes.mask(kernel, mask)
     params["head"]["kernel"] = params["head"]["kernel"].astype(jnp.bfloat16)
     return result
 
