@@ -51,6 +51,8 @@ def skeleton(
             directory, signature_keys=list(functions)
         )
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+        # The exporters replace it, and to add it the converter rewrites the whole file in Python.
+        converter.exclude_conversion_metadata = True
         return run_converter(converter, kind), arguments
 
 
@@ -83,8 +85,6 @@ def run_converter(converter: Any, kind: str) -> bytes:
     Raises:
       ExportError: the converter fails; the message has the first line of its reason.
     """
-    # The exporters replace it, and the converter reads and writes the whole file in Python for it.
-    converter.exclude_conversion_metadata = True
     try:
         with quiet():
             return bytes(converter.convert())
