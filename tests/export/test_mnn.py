@@ -130,7 +130,7 @@ def test_other_integers_give_other_results(exported_mnn, offered, model, params,
     """The bytes in the file are the ones that are multiplied with."""
     changed = shutil.copytree(exported_mnn.path, tmp_path / "changed")
     places = json.loads((changed / DESCRIPTION).read_text())["parameters"]
-    _, start, length, _ = places["decoder/layers/0/mlp/down_proj/weight"]
+    _, start, length, _ = places["decoder/layers/0/attention/o_proj/weight"]
     content = bytearray((changed / "weights.bin").read_bytes())
     # Of the second half, behind what describes the codes, the one that changes most.
     at = start + length // 2
@@ -139,7 +139,7 @@ def test_other_integers_give_other_results(exported_mnn, offered, model, params,
     (changed / "weights.bin").write_bytes(content)
     inputs = feed(offered["decode"])
     assert run(changed, offered["decode"], inputs, params)["logits"] > 10 * TOLERANCE
-    path = "decoder/layers/0/mlp/down_proj/weight"
+    path = "decoder/layers/0/attention/o_proj/weight"
     with pytest.raises(ExportError, match=f"damaged, .*1 values of {path} differ"):
         export.verify(changed, model, exported_mnn.params, short_windows())
 
