@@ -55,8 +55,8 @@ DIGITS = {
     name: dataclasses.replace(preset(name), image_size=(8, 8, 1))
     for name in (f"{kind}_digits" for kind in ("resnet", "separable", "mobilenet_v2", "repvgg"))
 }
-# The digits' other parts in small: basic blocks with a shortcut and without, depthwise and pointwise
-# convolutions, and branches.
+# The digits' other parts in small: basic blocks with a shortcut and without, depthwise and
+# pointwise convolutions, and branches.
 PARTS |= {
     "basic": dataclasses.replace(
         DIGITS["resnet_digits"], stages=(StageConfig(24, 1, 1), StageConfig(12, 1, 2))

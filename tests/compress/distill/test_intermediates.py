@@ -62,7 +62,7 @@ class Head(nn.Module):
 
 
 def built(seed, **fields):
-    model = Mixer(**{"depth": 2, "width": 8, "heads": 2, **fields})
+    model = Mixer(**{"depth": 1, "width": 8, "heads": 2, **fields})
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     rng = np.random.default_rng(seed)
 
@@ -131,7 +131,7 @@ def test_the_losses_match_loops():
 
 def test_a_student_learns_from_layers_of_a_deeper_wider_teacher(data):
     student = built(0)
-    teacher = built(1, depth=4, width=12, heads=3)
+    teacher = built(1, depth=2, width=12, heads=3)
     options = {"steps": 60, "learning_rate": 0.02, "hidden": 1.0, "attention": 1.0}
     trained, report = train(student, teacher, data, **options)
     first, last = report.curve[0], report.curve[-1]
@@ -155,7 +155,7 @@ def test_an_equal_teacher_has_nothing_to_transfer(data):
 
 
 def test_the_map_of_layers_is_used(data):
-    model, params = built(0)
+    model, params = built(0, depth=2)
     shuffled = (model, jax.device_put(jax.device_get(params)))
     _, report = train((model, params), shuffled, data, hidden=1.0, layers=[1, 0])
     logits, _ = inside(model, params, data[0], True, False)
@@ -171,7 +171,7 @@ def test_the_map_of_layers_is_used(data):
 
 def test_accumulated_transfer_is_that_of_one_big_batch(data):
     joined = [{name: np.concatenate([batch[name] for batch in data]) for name in data[0]}]
-    student, teacher = built(0), built(1, depth=4, width=12)
+    student, teacher = built(0), built(1, depth=2, width=12)
     options = {"hidden": 1.0, "attention": 1.0, "steps": 4}
     one, parts = train(student, teacher, data, accumulate=3, **options)
     other, complete = train(student, teacher, joined, **options)
@@ -243,7 +243,7 @@ def test_a_map_of_tokens_asks_the_teacher_about_no_others(data):
 
 
 def test_maps_that_do_not_fit_are_refused(data):
-    student, teacher = built(0), built(1, vocab=30)
+    student, teacher = built(0, depth=2), built(1, depth=2, vocab=30)
     with pytest.raises(RecipeError, match="predicts 12 tokens, its teacher 30; give the teacher's"):
         train(student, teacher, data)
     with pytest.raises(RecipeError, match="holds 11 ids up to 10; it must name one of the teach"):
@@ -251,9 +251,9 @@ def test_maps_that_do_not_fit_are_refused(data):
     with pytest.raises(RecipeError, match="holds 12 ids up to 30"):
         train(student, teacher, data, vocabulary=[*range(11), 30])
     with pytest.raises(RecipeError, match="must name one of the teacher's 2 layers"):
-        train(student, built(1), data, hidden=1.0, layers=[0, 2])
+        train(student, built(1, depth=2), data, hidden=1.0, layers=[0, 2])
     with pytest.raises(RecipeError, match="must name one of the teacher's 2 layers"):
-        train(student, built(1), data, attention=1.0, layers=[1])
+        train(student, built(1, depth=2), data, attention=1.0, layers=[1])
 
 
 def test_a_model_that_shows_nothing_inside_is_refused(data):
