@@ -120,7 +120,7 @@ def test_the_callers_arrays_survive(bigrams, calibration):
 
 
 def test_masks_and_quantized_weights_stay_while_the_rest_trains(calibration):
-    model = nn.Sequential([nn.Embed(40, 8), nn.Dense(16), nn.Dense(40)])
+    model = nn.Sequential((nn.Embed(40, 8), nn.Dense(16), nn.Dense(40)))
     params = init(model, calibration[0]["tokens"])["params"]
     _, student, _ = prune.magnitude(0.5, where="layers_1")(model, params)
     _, student, _ = quantize.rtn("int4-g8", where="layers_2")(model, student)
