@@ -238,7 +238,7 @@ def test_bad_input_is_refused(nano, make_member):
         shrink_encoder(model, params, {}, "text")
     with pytest.raises(RecipeError, match="no layer 3 of 1"):
         shrink_encoder(model, params, {3: {}}, "speech")
-    _, rounded, _ = rtn("int8")(model, params)
+    _, rounded, _ = rtn("int8", where="^vision/layers/0/attention")(model, params)
     with pytest.raises(RecipeError, match="prune before quantizing"):
         encoders(0.5, score="magnitude")(model, rounded)
     alone = VisionEncoder(dataclasses.replace(model.config.vision), 24)
