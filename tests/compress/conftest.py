@@ -1,5 +1,6 @@
 """A small multimodal GLM with calibration batches."""
 
+import dataclasses
 import functools
 
 import jax
@@ -92,6 +93,21 @@ def make_member():
             return values.astype(np.float32)
 
         return model, jax.device_put(jax.tree.map(shake, jax.device_get(params)))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_shallow(make_member):
+    """Builds a member with the first layer of its decoder alone, half of what compiles."""
+
+    @functools.cache
+    def build(name: str):
+        model, params = make_member(name)
+        decoder = dataclasses.replace(model.config.decoder, num_layers=1)
+        layers = {"0": params["decoder"]["layers"]["0"]}
+        params = {**params, "decoder": {**params["decoder"], "layers": layers}}
+        return model.clone(config=dataclasses.replace(model.config, decoder=decoder)), params
 
     return build
 

@@ -81,7 +81,7 @@ def models():
 
 DENSE = "up|down|hidden|head"
 TRANSFORMS = {
-    "gptq": lambda: quantize.gptq("int4", where=DENSE),
+    "gptq": lambda: quantize.gptq("int4", where="up|hidden"),
     "adaround": lambda: quantize.adaround("int4", where=DENSE, method="descent"),
     "activations": lambda: chain(
         quantize.rtn("int8", where=DENSE), quantize.activations(method="percentile")

@@ -73,7 +73,8 @@ def layouts():
 
 
 LAYOUTS = layouts()
-WHERE = "layers/0/"
+# Of attention and of the MLP; padding does not tell their other matrices apart.
+WHERE = "layers/0/.*(q_proj|down_proj)"
 TRANSFORMS = {
     "gptq": lambda: quantize.gptq("int3", where=WHERE),
     "awq": lambda: quantize.awq("int3", where=WHERE, steps=4),

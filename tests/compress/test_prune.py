@@ -92,7 +92,7 @@ def test_magnitude_refuses_options_without_a_meaning(options, message):
 
 def test_quantized_weights_are_not_pruned(small):
     model, params = small
-    _, rounded, _ = quantize.rtn("int8")(model, params)
+    _, rounded, _ = quantize.rtn("int8", where="down_proj")(model, params)
     with pytest.raises(RecipeError, match="prune before quantizing"):
         prune.magnitude(0.5)(model, rounded)
     with pytest.raises(RecipeError, match="prune before quantizing"):
@@ -147,8 +147,11 @@ def gate_out(model, params, batch, keep):
 
 @pytest.mark.parametrize(
     "variant",
-    [{}, {"attention_bias": True, "sandwich_norm": True}, {"num_kv_heads": 8}],
-    ids=lambda v: "-".join(v) or "plain",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({"attention_bias": True, "sandwich_norm": True}, id="bias-sandwich_norm"),
+        pytest.param({"num_kv_heads": 8}, id="num_kv_heads", marks=pytest.mark.slow),
+    ],
 )
 def test_a_shrunk_model_equals_its_gated_original(make_model, calibration, variant):
     model, params = make_model(**variant)
@@ -177,7 +180,7 @@ def test_a_shrunk_model_equals_its_gated_original(make_model, calibration, varia
 @pytest.mark.parametrize("score", ["taylor", "magnitude"])
 def test_structured_shrinks_arrays_and_configuration(small, calibration, score):
     model, params = small
-    before = jax.tree.map(jnp.copy, params)
+    before = jax.device_get(params)
     transform = prune.structured(heads=0.25, neurons=0.30, score=score)
     smaller, shrunk, report = transform(model, params, calibration=calibration)
     config = smaller.config.decoder
@@ -190,7 +193,7 @@ def test_structured_shrinks_arrays_and_configuration(small, calibration, score):
     assert report.count_after == boxes.count(shrunk) < boxes.count(params)
     assert report.bytes_after == boxes.stored_bytes(shrunk)
     assert len(report.rows) == 2 * 4
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, params))
     logits = apply_batch(smaller, shrunk, calibration[0])
     assert bool(jnp.isfinite(logits).all())
 
@@ -230,6 +233,11 @@ def test_masks_shrink_with_their_weights(small):
     assert smaller.config.decoder.intermediate_size == 64
 
 
+@pytest.fixture
+def shallow(make_model):
+    return make_model(num_layers=1)
+
+
 def unit_scores(model, params, score, layer, calibration=None):
     """Scores of the heads and the neurons of a layer of the decoder, by kind."""
     folders = {"head": "attention", "neuron": "mlp"}
@@ -242,9 +250,9 @@ def unit_scores(model, params, score, layer, calibration=None):
     }
 
 
-def test_taylor_scores_are_each_rows_own_first_order_change(small, calibration):
-    model, params = small
-    layer, head, neuron, step = 1, 3, 17, 1e-2
+def test_taylor_scores_are_each_rows_own_first_order_change(shallow, calibration):
+    model, params = shallow
+    layer, head, neuron, step = 0, 3, 17, 1e-2
     result = unit_scores(model, params, "taylor", layer, calibration[:2])
     totals = {"heads": 0.0, "neurons": 0.0}
     for batch in calibration[:2]:
@@ -264,12 +272,13 @@ def test_taylor_scores_are_each_rows_own_first_order_change(small, calibration):
     assert result["neurons"][neuron] == pytest.approx(totals["neurons"] / 8, rel=0.05)
 
 
-def test_taylor_keeps_what_the_loss_needs(small, calibration):
-    model, params = small
-    params = jax.tree.map(lambda leaf: leaf, params)
+def test_taylor_keeps_what_the_loss_needs(shallow, calibration):
+    model, params = shallow
+    params = jax.device_get(params)
     down = params["decoder"]["layers"]["0"]["mlp"]["down_proj"]
     useless = np.arange(0, 128, 3)
-    down["weight"] = down["weight"].at[:, useless].multiply(1e-3)
+    down["weight"] = np.array(down["weight"])
+    down["weight"][:, useless] *= 1e-3
     result = unit_scores(model, params, "taylor", 0, calibration[:1])
     order = np.argsort(result["neurons"])
     assert set(order[:30]) <= set(useless)
@@ -288,7 +297,7 @@ def test_magnitude_scores_are_the_norms_of_what_a_unit_owns(small):
 
 
 def test_calibration_is_checked_and_what_it_lacks_is_noted(make_model, calibration):
-    model, params = make_model(vision=True)
+    model, params = make_model(vision=True, num_layers=1)
     with pytest.raises(DataError, match="needs calibration="):
         prune.structured(0.25)(model, params)
     _, _, report = prune.structured(0.25)(model, params, calibration=calibration)

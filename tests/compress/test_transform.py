@@ -37,6 +37,11 @@ RECIPE = chain(
 )
 
 
+@pytest.fixture
+def small(make_model):
+    return make_model(num_layers=1)
+
+
 def digest(params):
     arrays, spec = boxes.to_flat(params)
     total = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
@@ -168,7 +173,7 @@ def test_same_recipe_seed_and_calibration_same_bytes(small, calibration):
 def test_a_chain_reports_every_step_and_the_totals_of_all(small, calibration):
     model, params = small
     _, compressed, report = RECIPE(model, params, calibration=calibration)
-    assert [row.transform for row in report.rows].count("quantize.rtn") == 13
+    assert [row.transform for row in report.rows].count("quantize.rtn") == 7
     assert report.bytes_before == boxes.stored_bytes(params)
     assert report.bytes_after == boxes.stored_bytes(compressed)
     assert report.count_before == boxes.count(params)
@@ -231,7 +236,7 @@ def test_progress_is_told(small, calibration, capsys):
         quantize.rtn("int8")(model, params, progress=progress)
         shown = capsys.readouterr().err
         # A file gets whole lines, a terminal one line that is rewritten.
-        assert "13/13 quantize" in shown
+        assert "7/7 quantize" in shown
         assert "\r" not in shown
     with pytest.raises(DataError, match="progress must be True or a function"):
         quantize.rtn("int8")(model, params, progress="yes")
@@ -299,7 +304,8 @@ class Half(nn.Module):
 
 @pytest.mark.parametrize("transform", [quantize.rtn("int8"), prune.magnitude(0.5)], ids=str)
 def test_arrays_of_other_names_are_counted(transform):
-    params = Half().init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    shapes = jax.eval_shape(Half().init, jax.random.key(0), jnp.ones((1, 4)))["params"]
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
     _, _, report = transform(Half(), params)
     assert [row.path for row in report.rows] == ["first/kernel"]
     (note,) = [note for note in report.notes if "are compressed" in note]

@@ -102,7 +102,8 @@ class Divergence:
         dense = _dense(leaves)
         sums = {kind: [0.0, 0.0] for kind in self.kinds}
         for kind, batch, weights, reference in self._cases:
-            sums_of_batch = _divergence(model or self._model, dense, batch, weights, reference)
+            logits = _logits(model or self._model, dense, batch)
+            sums_of_batch = _divergence(logits, weights, reference)
             for index in (0, 1):
                 sums[kind][index] += float(sums_of_batch[index])
         return {kind: lost / max(count, 1.0) for kind, (lost, count) in sums.items()}
@@ -124,11 +125,9 @@ def _logits(model: nn.Module, params: Params, batch: Batch) -> Array:
     return logits if isinstance(model, Called) else logits[:, :-1]
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _divergence(
-    model: nn.Module, params: Params, batch: Batch, weights: Array, reference: Array
-) -> tuple[Array, Array]:
+@jax.jit
+def _divergence(logits: Array, weights: Array, reference: Array) -> tuple[Array, Array]:
     expected = jax.nn.log_softmax(reference)
-    predicted = jax.nn.log_softmax(_logits(model, params, batch))
+    predicted = jax.nn.log_softmax(logits)
     lost = jnp.sum(jnp.exp(expected) * (expected - predicted), axis=-1)
     return jnp.sum(lost * weights), jnp.sum(weights)

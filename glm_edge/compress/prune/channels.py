@@ -5,6 +5,7 @@ from dataclasses import field
 from typing import ClassVar
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 from glm_edge import params as boxes
@@ -97,9 +98,10 @@ def _shrunk(block: Params, stats: Params, keep: np.ndarray, path: str) -> tuple[
     block, stats = dict(block), dict(stats)
     for name in ("expand", "depthwise"):
         kernel = take(block[name]["conv"]["kernel"], keep, -1, f"{path}/{name}", NAME)
-        norm = {key: leaf[keep] for key, leaf in block[name]["norm"].items()}
+        norm = {key: jnp.take(leaf, keep) for key, leaf in block[name]["norm"].items()}
         block[name] = {"conv": {"kernel": kernel}, "norm": norm}
-        stats[name] = {"norm": {key: leaf[keep] for key, leaf in stats[name]["norm"].items()}}
+        norm_stats = stats[name]["norm"].items()
+        stats[name] = {"norm": {key: jnp.take(leaf, keep) for key, leaf in norm_stats}}
     project = block["project"]
     kernel = take(project["conv"]["kernel"], keep, 2, f"{path}/project", NAME)
     block["project"] = {**project, "conv": {"kernel": kernel}}

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +18,7 @@ from glm_edge.checkpoint import safetensors
 from glm_edge.compress import TrainOptions, distill
 from glm_edge.compress.distill import state as training_state
 from glm_edge.errors import CheckpointError, OutputError, RecipeError, TrainingError
+from tests.tiny_models import init
 
 STEPS = 11
 
@@ -32,8 +32,8 @@ class Bigram(nn.Module):
 
 
 def models():
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    return Bigram(), *(Bigram().init(jax.random.key(i), tokens)["params"] for i in range(2))
+    tokens = np.zeros((1, 2), np.int32)
+    return Bigram(), *(init(Bigram(), tokens, seed=seed)["params"] for seed in range(2))
 
 
 def data():

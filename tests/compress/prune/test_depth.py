@@ -24,6 +24,7 @@ def applied(model, variables, *inputs):
 
 
 apply = jax.jit(batches.apply_batch, static_argnums=0)
+mean_loss = jax.jit(batches.mean_loss, static_argnums=0)
 
 WIDTHS = {"num_heads": (4, 2, 4), "num_kv_heads": (2, 2, 2), "intermediate_size": (24, 16, 40)}
 
@@ -80,9 +81,9 @@ def test_depth_equals_a_silent_decoder_layer(batch):
 
 
 @pytest.mark.parametrize("part", ["vision", "speech"])
-def test_depth_equals_a_silent_encoder_layer(make_member, batch_of, part):
+def test_depth_equals_a_silent_encoder_layer(make_shallow, batch_of, part):
     """An encoder without a layer gives the outputs of a silent layer."""
-    config = make_member("nano")[0].config
+    config = make_shallow("nano")[0].config
     encoder = dataclasses.replace(getattr(config, part), num_layers=2)
     if part == "vision":
         encoder = dataclasses.replace(encoder, window=(2, 2), global_layers=(1,))
@@ -130,7 +131,7 @@ def test_a_layer_that_does_nothing_goes_first(three, batch, score):
     if score == "loss":
         # Leaving out another layer may lower the loss of an untrained model.
         losses = [
-            float(batches.mean_loss(*shrink_depth(model, quiet, keep), batch))
+            float(mean_loss(*shrink_depth(model, quiet, keep), batch))
             for keep in ([1, 2], [0, 2], [0, 1])
         ]
         gone = int(np.argmin(losses))

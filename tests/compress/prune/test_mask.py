@@ -314,8 +314,8 @@ def test_weights_that_are_not_finite_are_refused(value):
             transform(None, broken)
 
 
-def test_inputs_that_are_not_finite_are_refused(small, calibration):
-    model, params = small
+def test_inputs_that_are_not_finite_are_refused(make_model, calibration):
+    model, params = make_model(num_layers=1)
     broken = {**params, "embed": {"weight": params["embed"]["weight"] * jnp.nan}}
     for score in ("wanda", "taylor"):
         with pytest.raises(DataError, match="not finite"):

@@ -1,5 +1,7 @@
 """Every score with every shape and allocation: what goes is whole units, and as many as asked."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -73,10 +75,23 @@ def cached():
 logits = jax.jit(batches.apply_batch, static_argnums=0)
 
 
+def products():
+    """All combinations; each gradient of a score and a shape compiles the model anew.
+
+    Weights and gates are two branches, which one shape of each score shows.
+    """
+    for shape, score, allocation in itertools.product(SHAPES, SCORES, ALLOCATIONS):
+        another = score in ("sensitivity", "taylor2") and shape not in ("unstructured", "head")
+        yield pytest.param(
+            shape,
+            score,
+            allocation,
+            marks=pytest.mark.slow if another else (),
+        )
+
+
 @pytest.mark.usefixtures("cached")
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "score", "allocation"), products())
 def test_any_score_masks_any_shape_under_any_allocation(
     small, calibration, shape, score, allocation
 ):

@@ -14,15 +14,20 @@ from glm_edge.compress.distill.state import StateDirectory
 from glm_edge.errors import RecipeError
 
 
+@pytest.fixture
+def small(make_model):
+    return make_model(num_layers=1)
+
+
 def test_schedules_are_their_formulas():
     steps = np.arange(0, 140)
     cubic = prune.cubic(0.8, begin=10, end=110, initial=0.1)
     done = np.clip((steps - 10) / 100, 0, 1)
     expected = np.where(steps >= 10, 0.8 + (0.1 - 0.8) * (1 - done) ** 3, 0.0)
-    np.testing.assert_allclose(jax.vmap(cubic)(steps), expected, atol=1e-6)
-    once = jax.vmap(prune.one_shot(0.5, step=3))(steps)
+    np.testing.assert_allclose(jax.jit(jax.vmap(cubic))(steps), expected, atol=1e-6)
+    once = jax.jit(jax.vmap(prune.one_shot(0.5, step=3)))(steps)
     np.testing.assert_allclose(once, np.where(steps >= 3, 0.5, 0.0))
-    stairs = np.asarray(jax.vmap(prune.staircase(0.3, 10, 60, 0.05, 6))(steps))
+    stairs = np.asarray(jax.jit(jax.vmap(prune.staircase(0.3, 10, 60, 0.05, 6)))(steps))
     assert not stairs[:10].any()
     for index in range(6):
         level = 0.05 * (index + 1)
@@ -127,12 +132,16 @@ def test_what_partition_gives_can_be_trained(problem):
     trainable, frozen = boxes.partition(complete)
     optimizer = prune.scheduled(optax.sgd(0.1), prune.one_shot(0.5))
 
-    grads = jax.grad(
-        lambda t: jnp.sum(jnp.square(boxes.dense(boxes.combine(t, frozen)["a"]["weight"])))
-    )(trainable)
-    state = optimizer.init(trainable)
-    updates, state = optimizer.update(grads, state, trainable)
-    trained = boxes.combine(optax.apply_updates(trainable, updates), frozen)
+    @jax.jit
+    def step(trainable, state):
+        grads = jax.grad(
+            lambda t: jnp.sum(jnp.square(boxes.dense(boxes.combine(t, frozen)["a"]["weight"])))
+        )(trainable)
+        updates, state = optimizer.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    trained, state = step(trainable, optimizer.init(trainable))
+    trained = boxes.combine(trained, frozen)
     boxed = prune.boxed(trained, state)["a"]["weight"]
     assert bool(jnp.all(masked["weight"].mask | ~boxed.mask))
     assert int((~boxed.mask).sum()) == 64

@@ -279,8 +279,8 @@ def test_one_array_for_each_weight_or_pool_of_units(small, calibration):
         ("random", "random"),
     ],
 )
-def test_masks_score_by_the_public_functions(small, calibration, monkeypatch, score, used):
-    model, params = small
+def test_masks_score_by_the_public_functions(make_model, calibration, monkeypatch, score, used):
+    model, params = make_model(num_layers=1)
     plain, asked = getattr(weight_scores, used), []
 
     def reversed_score(*args, **kwargs):

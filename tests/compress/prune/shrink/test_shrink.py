@@ -48,9 +48,10 @@ def shrunk(make_member):
     return model, params, *shrink(model, params, KEEP)
 
 
-def test_a_shrunk_decoder_gives_the_outputs_of_the_zeroed_one(shrunk, batch_of):
+def test_a_shrunk_decoder_gives_the_outputs_of_the_zeroed_one(shrunk):
     model, params, smaller, small = shrunk
-    batch = batch_of(model)
+    # Of text, so that no encoder compiles.
+    batch = {"tokens": np.random.default_rng(0).integers(10, 48, (2, 24)).astype(np.int32)}
     actual = apply(smaller, small, batch)
     expected = apply(model, zeroed(params, KEEP, 8), batch)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
@@ -69,11 +70,10 @@ def test_a_shrunk_model_saves_loads_and_generates(shrunk, tmp_path):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, small))
     tokens = np.arange(10, 20)[None]
     result = greedy(loaded, params, tokens, max_new_tokens=3)
-    ids = tokens
-    for _ in range(3):
-        logits = jax.jit(smaller.apply)({"params": small}, jnp.asarray(ids))[0]
-        ids = np.append(ids, np.asarray(jnp.argmax(logits[:, -1:], axis=-1)), axis=1)
-    np.testing.assert_array_equal(result, ids[:, 10:])
+    # No position sees a later one, so that one pass predicts each token from those before it.
+    ids = np.append(tokens, result[:, :-1], axis=1)
+    logits = jax.jit(smaller.apply)({"params": small}, ids)[0]
+    np.testing.assert_array_equal(result, np.argmax(logits[:, 9:], axis=-1))
 
 
 def wide(part):
@@ -101,10 +101,15 @@ def wide(part):
     ("part", "transform", "work"),
     [
         ("decoder", ge.prune.structured(0.75, neurons=0.9, score="magnitude"), "token"),
-        ("decoder", ge.prune.depth([0, 1, 3]), "token"),
-        ("decoder", ge.prune.vocabulary("0-127"), "token"),
+        pytest.param("decoder", ge.prune.depth([0, 1, 3]), "token", marks=pytest.mark.slow),
+        pytest.param("decoder", ge.prune.vocabulary("0-127"), "token", marks=pytest.mark.slow),
         ("vision", ge.prune.encoders(0.5, neurons=0.9, score="magnitude"), "image"),
-        ("speech", ge.prune.encoders(0.5, neurons=0.9, score="magnitude"), "clip"),
+        pytest.param(
+            "speech",
+            ge.prune.encoders(0.5, neurons=0.9, score="magnitude"),
+            "clip",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["heads and neurons", "layers", "vocabulary", "vision", "speech"],
 )
