@@ -20,15 +20,19 @@ from glm_edge.params import Format
 def quantized_abstractly(params, formats):
     """The tree that rounding would make, as abstract values."""
 
+    def store(weight, format):
+        codes, grid = grids.nearest(weight, format)
+        return boxes.quantized(codes, grid.scale, grid.zero, format, dtype="bfloat16")
+
+    @functools.cache
+    def stored(shape, dtype, format):
+        leaf = jax.ShapeDtypeStruct(shape, dtype)
+        return jax.eval_shape(functools.partial(store, format=format), leaf)
+
     def convert(path, leaf):
         if path not in formats or formats[path].plain:
             return leaf
-
-        def store(weight, format):
-            codes, grid = grids.nearest(weight, format)
-            return boxes.quantized(codes, grid.scale, grid.zero, format, dtype="bfloat16")
-
-        return jax.eval_shape(functools.partial(store, format=formats[path]), leaf)
+        return stored(leaf.shape, leaf.dtype, formats[path])
 
     return boxes.map_with_path(convert, params)
 

@@ -1,5 +1,7 @@
 """Parameter counts and shapes of the presets, without building them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,6 +11,7 @@ from glm_edge import params as boxes
 from glm_edge.models.multimodal import MultimodalGLM
 
 
+@functools.cache
 def abstract_params(name):
     model = MultimodalGLM(configs.preset(name))
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
