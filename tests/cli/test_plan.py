@@ -78,11 +78,18 @@ def test_a_smaller_vocabulary_is_still_a_model():
     assert config.image_token_id != config.audio_token_id
 
 
-def test_the_claim_is_impossible_and_the_script_says_what_is_not(tmp_path):
-    file = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "experiments.plan_phone", f"--json={file}"]
+@pytest.mark.slow
+def test_plan_phone_prints_what_the_command_prints(run, capsys):
+    command = [sys.executable, "-m", "experiments.plan_phone"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "arithmetically impossible" in printed
+    run("plan")
+    assert capsys.readouterr().out == printed
+
+
+def test_the_claim_is_impossible_and_the_plan_says_what_is_not(run, capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    run("plan", f"--json={file}")
+    assert "arithmetically impossible" in capsys.readouterr().out
     report = json.loads(file.read_text())
     text = sum(
         leaf.size

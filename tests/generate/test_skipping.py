@@ -82,7 +82,7 @@ def test_compute_falls_with_the_neurons_that_are_kept(weights):
 
 
 def test_all_neurons_are_the_model_itself(make_model):
-    model, params = make_model()
+    model, params = make_model(num_layers=1)
     tokens = np.arange(10, 20)[None]
     expected = generate(model, params, tokens, max_new_tokens=8, return_logits=True)
     for options in ({"keep": 1.0}, {"threshold": 0.0}):
@@ -93,12 +93,12 @@ def test_all_neurons_are_the_model_itself(make_model):
 
 
 def test_another_threshold_compiles_nothing_anew(make_model):
-    model, params = make_model()
+    model, params = make_model(num_layers=1)
     tokens, compiled, scores = np.arange(10, 20)[None], [], []
     for threshold in (0.05, 0.2, 0.6):
         skipping = skip_neurons(model, params, threshold=threshold)
         result = generate(model, skipping, tokens, max_new_tokens=8, return_logits=True)
-        scores.append(np.asarray(result.logits[:, 0]))
+        scores.append(np.asarray(result.logits)[:, 0])
         compiled.append(steps._prefill._cache_size() + steps.decode._cache_size())
     assert len(set(compiled)) == 1
     assert not np.allclose(scores[0], scores[2], atol=1e-3)
@@ -106,7 +106,7 @@ def test_another_threshold_compiles_nothing_anew(make_model):
 
 def test_skipping_follows_masks_and_layers_and_cannot_be_saved(make_model, tmp_path):
     model, params = make_model()
-    tokens = jnp.asarray(np.arange(10, 20)[None])
+    tokens = np.arange(10, 20)[None]
     _, masked, _ = prune.magnitude(0.5, where="mlp")(model, params)
     expected = applied(model, {"params": masked}, tokens)[0]
     actual = applied(model, {"params": skip_neurons(model, masked, keep=1.0)}, tokens)[0]
@@ -114,8 +114,8 @@ def test_skipping_follows_masks_and_layers_and_cannot_be_saved(make_model, tmp_p
     one = skip_neurons(model, params, keep=0.1, layers=[1])
     assert "skipping" in one["decoder"]["layers"]["1"]["mlp"]
     assert one["decoder"]["layers"]["0"] is params["decoder"]["layers"]["0"]
-    other = applied(model, {"params": one}, tokens)[0]
-    assert float(jnp.abs(other - applied(model, {"params": params}, tokens)[0]).max()) > 1e-4
+    other, plain = (np.asarray(applied(model, {"params": p}, tokens)[0]) for p in (one, params))
+    assert np.abs(other - plain).max() > 1e-4
     with pytest.raises(CheckpointError, match="skipping"):
         ge.save(model, one, tmp_path / "out")
 
