@@ -589,11 +589,16 @@ def check_reach(box: Weight, where: str) -> None:
     if not isinstance(box, Quantized | FakeQuantized):
         return
     low, high = (1, 1) if box.format.qtype == "nf4" else quantization.code_range(box.format.qtype)
-    zero = 0.0 if box.zero is None else float(jnp.max(jnp.abs(box.zero.astype(jnp.float32))))
+    zero = 0.0 if box.zero is None else float(_largest(box.zero))
     steps = max(abs(low), high) + zero
-    largest = float(jnp.max(jnp.abs(box.scale.astype(jnp.float32)), initial=0.0)) * steps
+    largest = float(_largest(box.scale)) * steps
     if not largest <= float(jnp.finfo(box.dtype).max):
         raise BoxError(f"{where}: weights up to {largest:.3g} are not finite in {box.dtype}")
+
+
+@jax.jit
+def _largest(x: Array) -> Array:
+    return jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0.0)
 
 
 def array_fields(box: Box) -> dict[str, Any]:

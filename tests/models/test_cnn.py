@@ -56,8 +56,17 @@ def test_widths_of_mobilenet_v2_are_the_published_ones():
         cnn.mobilenet_v2(0.0)
 
 
-@pytest.mark.parametrize("name", [name for name in cnn.PRESETS if name.endswith("_digits")])
-@pytest.mark.parametrize("size", [8, 28])
+DIGITS = [name for name in cnn.PRESETS if name.endswith("_digits")]
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        *((8, name) for name in DIGITS),
+        (28, DIGITS[0]),
+        *(pytest.param(28, name, marks=pytest.mark.slow) for name in DIGITS[1:]),
+    ],
+)
 def test_small_models_read_digits_of_both_sizes(name, size):
     config = dataclasses.replace(preset(name), image_size=(size, size, 1))
     images = jnp.zeros((3, size, size, 1))
