@@ -33,16 +33,17 @@ def nano():
     return model, params, np.array(ids[: 3 * length], np.int32).reshape(3, length)
 
 
-def cache_bytes(cache):
-    return sum(a.nbytes for a in jax.tree.leaves(cache["layers"]))
+def cache_bytes(*arguments):
+    cache = jax.eval_shape(functools.partial(init_cache, *arguments))
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache["layers"]))
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("int8", 32 + 2), ("int4", 16 + 2)])
 def test_a_cache_takes_the_bytes_of_its_integers_and_scales(nano, dtype, width):
     decoder = nano[0].config.decoder
     rows = 2 * 2 * 50 * decoder.num_kv_heads * decoder.num_layers
-    assert cache_bytes(init_cache(decoder, 2, 50, dtype)) == rows * width
-    assert cache_bytes(init_cache(decoder, 2, 50)) == rows * 4 * decoder.head_dim
+    assert cache_bytes(decoder, 2, 50, dtype) == rows * width
+    assert cache_bytes(decoder, 2, 50) == rows * 4 * decoder.head_dim
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -99,9 +100,10 @@ def check_generation(model, params, tokens, dtype):
     np.testing.assert_array_equal(np.stack(list(streamed), axis=1), actual)
 
 
-def test_greedy_generation_over_int4_is_that_of_each_row(make_model):
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_greedy_generation_is_that_of_each_row(make_model, dtype):
     tokens = np.random.default_rng(0).integers(11, 48, (3, 9))
-    check_generation(*make_model(), tokens, "int4")
+    check_generation(*make_model(num_layers=1), tokens, dtype)
 
 
 @pytest.mark.slow
@@ -110,6 +112,8 @@ def test_greedy_generation_takes_the_type_of_the_cache(nano, dtype):
     check_generation(*nano, dtype)
 
 
+# The scores of one pass and of single tokens are compared above and below.
+@pytest.mark.slow
 def test_greedy_generation_over_int8_hardly_changes(nano):
     options = {"max_new_tokens": 12, "stop_tokens": ()}
     cached = DecodeOptions(cache_dtype=jnp.int8)

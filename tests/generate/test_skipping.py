@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from glm_edge.compress import prune, quantize
+from glm_edge import params as boxes
+from glm_edge.compress import quantize
 from glm_edge.errors import CheckpointError, RecipeError
 from glm_edge.generate import generate, skip_neurons, steps
 from glm_edge.kernels.sparse_mlp import SparseMLP, sparse_mlp
@@ -107,7 +108,13 @@ def test_another_threshold_compiles_nothing_anew(make_model):
 def test_skipping_follows_masks_and_layers_and_cannot_be_saved(make_model, tmp_path):
     model, params = make_model()
     tokens = np.arange(10, 20)[None]
-    _, masked, _ = prune.magnitude(0.5, where="mlp")(model, params)
+    rng = np.random.default_rng(0)
+    masked = boxes.map_with_path(
+        lambda path, leaf: (
+            boxes.mask(leaf, rng.random(leaf.shape) < 0.5) if "mlp" in path else leaf
+        ),
+        params,
+    )
     expected = applied(model, {"params": masked}, tokens)[0]
     actual = applied(model, {"params": skip_neurons(model, masked, keep=1.0)}, tokens)[0]
     np.testing.assert_allclose(actual, expected, atol=1e-5)
@@ -140,7 +147,7 @@ def test_options_without_a_meaning_are_refused(make_model, options, message):
 def test_skip_neurons_refuses_quantized_or_laid_out_weights(make_model):
     """Weights that are rounded or laid out already are refused."""
     model, params = make_model()
-    _, rounded, _ = quantize.rtn("int8", where="mlp")(model, params)
+    _, rounded, _ = quantize.rtn("int8", where="layers/0/mlp/gate")(model, params)
     with pytest.raises(RecipeError, match="mlp/gate_up_proj is quantized"):
         skip_neurons(model, rounded, keep=0.5)
     with pytest.raises(RecipeError, match="layer 0 skips already"):

@@ -231,9 +231,9 @@ def test_a_weight_met_in_blocks_gives_the_same_product(qtype, groups, out, monke
     at_once = jax.jit(products)(x, *arrays)
     monkeypatch.setattr(matmul, "BLOCK", 4 * 60)
     # A function of its own: jit keeps what it traced of the first one.
-    by_blocks = jax.jit(lambda *arguments: products(*arguments))
-    assert by_blocks.lower(x, *arrays).as_text().count("stablehlo.while") == 2
-    for actual, expected in zip(by_blocks(x, *arrays), at_once, strict=True):
+    by_blocks = jax.jit(lambda *arguments: products(*arguments)).lower(x, *arrays)
+    assert by_blocks.as_text().count("stablehlo.while") == 2
+    for actual, expected in zip(by_blocks.compile()(x, *arrays), at_once, strict=True):
         # Sums of another order differ in proportion to what is summed, not to what is left of it.
         atol = 1e-6 * np.abs(expected).max()
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=atol)

@@ -37,6 +37,11 @@ FORMATS = [
 ]
 
 
+# Code that is the same for all types: groups, rows and tensors, with zero points and without.
+BRANCHES = (FORMATS[1], FORMATS[2], FORMATS[7], FORMATS[12], FORMATS[13])
+FEW = [f if f in BRANCHES else pytest.param(f, marks=pytest.mark.slow) for f in FORMATS]
+
+
 dense = jax.jit(boxes.dense)
 
 
@@ -100,7 +105,7 @@ def test_dense_outside_jit_is_the_same(format):
     np.testing.assert_array_equal(boxes.dense(fake), values)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=repr)
+@pytest.mark.parametrize("format", FEW, ids=repr)
 def test_jit_vmap_and_scan_see_the_same_weight(format):
     stack = [box_of(format, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *stack)
@@ -116,7 +121,7 @@ def test_jit_vmap_and_scan_see_the_same_weight(format):
         np.testing.assert_array_equal(values, expected)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=repr)
+@pytest.mark.parametrize("format", FEW, ids=repr)
 def test_scales_train_through_partition(format):
     box, x = box_of(format), weight(3, 48, seed=1)
     trainable, frozen = boxes.partition({"w": box}, scales=True)

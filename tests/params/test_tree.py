@@ -14,7 +14,7 @@ from glm_edge.errors import RecipeError
 from glm_edge.params import Format
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tree():
     rng = np.random.default_rng(0)
     masked, rounded, plain = (jax.device_put(np.float32(rng.normal(size=(4, 8)))) for _ in range(3))
