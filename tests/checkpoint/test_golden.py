@@ -20,9 +20,8 @@ COMMITTED = Path(__file__).parent / "golden"
 SHARED = Path(os.environ.get("GLM_EDGE_GOLDEN") or ROOT.parent / "shared" / "golden")
 
 
-# The logits of these members are compared in test_round_trip.py, too, and their towers here in
-# other cases.
-SECOND = ("glm4v", "glmasr_grouped")
+# The logits of these members, towers included, are compared in test_round_trip.py, too.
+SECOND = ("glm4v", "glm_ocr", "glmasr")
 
 
 def cases(folder: Path) -> list:

@@ -272,8 +272,9 @@ def test_a_row_does_not_depend_on_the_others_nor_on_padding(make_model):
 def test_lengths_of_one_bucket_compile_once(make_model):
     model, params = make_model()
     compiled = []
-    for length, steps in ((3, 2), (32, 9), (17, 32)):
-        run(model, params, text_of((ROWS, length), 0), max_new_tokens=steps)
+    for length, steps, stops in ((3, 2, ()), (32, 9, (1,)), (17, 32, (1, 2, 3))):
+        tokens = text_of((ROWS, length), 0)
+        run(model, params, tokens, max_new_tokens=steps, stop_tokens=stops)
         compiled.append(programs._prefill._cache_size() + programs.decode._cache_size())
     assert len(set(compiled)) == 1
 
@@ -283,6 +284,11 @@ def test_buckets_hold_their_length_and_waste_little():
     for length, size in enumerate(sizes, start=1):
         assert length <= size < length + max(32, length / 4)
     assert len(set(sizes)) == 28
+
+
+def test_padded_stops_have_few_lengths():
+    assert programs.padded_stops(()).tolist() == [-1] * 8
+    assert programs.padded_stops(range(9)).tolist() == [*range(9), *[-1] * 7]
 
 
 def test_greedy_is_generation_at_temperature_zero(make_model):
