@@ -40,10 +40,10 @@ def quantized_abstractly(params, formats):
 @pytest.mark.parametrize(
     ("body", "ends", "tower"),
     [
-        ("int8", "int8", "int8"),
+        pytest.param("int8", "int8", "int8", marks=pytest.mark.slow),
         ("int4-g32", "int8", "int4"),
         ("int3", "int4-g64", "int4-g32-affine"),
-        ("ternary-g128", "int4", "int4"),
+        pytest.param("ternary-g128", "int4", "int4", marks=pytest.mark.slow),
         ("ternary34-g128", "ternary", "int2"),
     ],
 )

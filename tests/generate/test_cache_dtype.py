@@ -100,7 +100,7 @@ def check_generation(model, params, tokens, dtype):
     np.testing.assert_array_equal(np.stack(list(streamed), axis=1), actual)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_greedy_generation_is_that_of_each_row(make_model, dtype):
     tokens = np.random.default_rng(0).integers(11, 48, (3, 9))
     check_generation(*make_model(num_layers=1), tokens, dtype)

@@ -195,6 +195,8 @@ def test_another_fraction_of_one_bucket_compiles_nothing_anew(make_model, prompt
     assert len(set(compiled)) == 1
 
 
+# Sweeps are tested with early exits, generation that drops tokens above.
+@pytest.mark.slow
 def test_a_sweep_takes_fractions_of_vision_tokens(make_model, prompts):
     model, params = make_model(num_layers=LAYERS)
     rows, images = prompts
