@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -83,7 +84,7 @@ def build(fields: dict[str, Any], dtype: str = "float32", seed: int = 0) -> tupl
     member, config = read_config(fields, CONFIG, "tiny")
     model = member.build(config)
     drawn = {
-        path: jnp.asarray(_draw(path, shape, seed), dtype)
+        path: jax.device_put(_draw(path, shape, seed).astype(jnp.dtype(dtype)))
         for path, shape in expected_shapes(model).items()
     }
     return model, nested(drawn)

@@ -44,8 +44,18 @@ def compute(model: nn.Module, params: Any, inputs: Arrays, greedy_steps: int) ->
     return {name: np.asarray(value) for name, value in outputs.items()}
 
 
+@functools.partial(jax.jit, static_argnames=("model", "method"))
+def _apply(model: nn.Module, variables: Any, *args: Any, method: Any = None, **options: Any) -> Any:
+    return model.apply(variables, *args, method=method, **options)
+
+
+@jax.jit
+def _causal_mask(valid: np.ndarray) -> jax.Array:
+    return prompt_mask(valid, jnp.arange(valid.shape[1]))
+
+
 def _encoder(model: nn.Module, params: Any, inputs: Arrays) -> Arrays:
-    run = functools.partial(jax.jit(model.apply), {"params": params})
+    run = functools.partial(_apply, model, {"params": params})
     if isinstance(model, VisionEncoder):
         return _vision_alone(*run(_channels_last(_take(inputs, "pixel_values"))))
     if isinstance(model, SpeechEncoder):
@@ -66,19 +76,20 @@ def _multimodal(model: MultimodalGLM, params: Any, inputs: Arrays, greedy_steps:
     images, packed = _images(model.config, inputs)
     audio, audio_frames = _audio(inputs)
     variables = {"params": params}
-    positions, following = model.apply(
-        variables, tokens, valid, images, method=MultimodalGLM.start_positions
+    positions, following = jax.device_get(
+        _apply(model, variables, tokens, valid, images, method="start_positions")
     )
     outputs = {"position_ids": positions, "rope_delta": (following - valid.sum(1))[:, None]}
     if "position_ids" in inputs:
         outputs["position_ids"] = positions = inputs["position_ids"]
-    logits, aux = jax.jit(model.apply)(
+    logits, aux = _apply(
+        model,
         variables,
         tokens,
         images,
         audio,
         positions=positions,
-        mask=prompt_mask(valid, np.arange(tokens.shape[1])),
+        mask=_causal_mask(valid),
         audio_frames=audio_frames,
     )
     outputs |= {"logits": logits, "hidden.final": aux["final"], **_hidden(aux["hidden"])}
@@ -117,7 +128,7 @@ def _plain_greedy(
         following = np.broadcast_to(following.max(0), following.shape)
     positions = np.concatenate([positions, following + np.arange(steps)], axis=-1)
     attended = np.concatenate([valid, np.ones((batch, steps), bool)], axis=1)
-    mask = prompt_mask(attended, np.arange(length + steps))
+    mask = _causal_mask(attended)
 
     def forward(module: MultimodalGLM, new: Any) -> Any:
         prompt, _ = module.embed_inputs(tokens, **media)
@@ -128,7 +139,7 @@ def _plain_greedy(
     new = np.zeros((batch, steps), np.int32)
     scores = np.zeros((batch, steps, model.config.decoder.vocab_size), np.float32)
     for step in range(steps):
-        scores[:, step] = run(variables, new)[:, length + step - 1]
+        scores[:, step] = np.asarray(run(variables, new))[:, length + step - 1]
         new[:, step] = scores[:, step].argmax(-1)
     return {"plain_greedy_ids": new, "plain_greedy_logits": scores}
 

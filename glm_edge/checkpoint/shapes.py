@@ -85,22 +85,41 @@ def _traced_shapes(kind: Any, config: Any, out_features: int) -> Shapes:
         inputs = jax.ShapeDtypeStruct((1, config.num_frames, config.mel_bins), jnp.float32)
     else:
         inputs = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    like: list[int] = []
+    # Tracing time grows with the layers, so only one layer per distinct width is traced.
+    like: dict[str, list[int]] = {}
     if kind is MultimodalGLM:
-        # Tracing time grows with the layers, so only one layer per distinct width is traced.
-        decoder, like = _one_of_each(config.decoder)
+        decoder, like[LAYERS] = _one_of_each(config.decoder)
         config = dataclasses.replace(config, decoder=decoder)
+        for name in ("vision", "speech"):
+            if (tower := getattr(config, name)) is not None and _alike(tower):
+                like[f"{name}/layers/"] = [0] * tower.num_layers
+                tower = dataclasses.replace(tower, num_layers=1)
+                config = dataclasses.replace(config, **{name: tower})
+    elif _alike(config):
+        like["layers/"] = [0] * config.num_layers
+        config = dataclasses.replace(config, num_layers=1)
     encoder = kind in (VisionEncoder, SpeechEncoder)
     model = kind(config, out_features) if encoder else kind(config)
     variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
     shapes = {path: tuple(leaf.shape) for path, leaf in path_items(variables["params"])}
-    layers = {path: shapes.pop(path) for path in list(shapes) if path.startswith(LAYERS)}
-    for layer, traced in enumerate(like):
-        prefix = f"{LAYERS}{traced}/"
-        for path, shape in layers.items():
-            if path.startswith(prefix):
-                shapes[f"{LAYERS}{layer}/{path.removeprefix(prefix)}"] = shape
+    for part, traced_layers in like.items():
+        layers = {path: shapes.pop(path) for path in list(shapes) if path.startswith(part)}
+        for layer, traced in enumerate(traced_layers):
+            prefix = f"{part}{traced}/"
+            for path, shape in layers.items():
+                if path.startswith(prefix):
+                    shapes[f"{part}{layer}/{path.removeprefix(prefix)}"] = shape
     return shapes
+
+
+def _alike(config: Any) -> bool:
+    """Test whether all layers of an encoder have the shapes and the checks of its first one."""
+    widths = config.num_heads, config.intermediate_size
+    return (
+        config.num_layers > 1
+        and all(isinstance(width, int) for width in widths)
+        and not getattr(config, "global_layers", ())
+    )
 
 
 def _one_of_each(config: DecoderConfig) -> tuple[DecoderConfig, list[int]]:

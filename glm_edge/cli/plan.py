@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from glm_edge import params as boxes
+from glm_edge.checkpoint.shapes import expected_shapes
 from glm_edge.cli.console import print_table, refuse_arguments
 from glm_edge.cli.corpora import write_text
 from glm_edge.cli.outputs import check_output
@@ -35,7 +36,7 @@ from glm_edge.configs import GLMConfig, preset
 from glm_edge.errors import BoxError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
-from glm_edge.params.tree import Params
+from glm_edge.params.tree import Params, nested
 
 UNIFORM = (
     "bfloat16",
@@ -132,10 +133,8 @@ def read_format(name: str, flag: str | None = None) -> Format:
 @functools.cache
 def shapes(config: GLMConfig) -> Params:
     """Return abstract bfloat16 parameters of a model."""
-    init = MultimodalGLM(config).init
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    abstract = jax.eval_shape(init, jax.random.key(0), tokens)["params"]
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract)
+    shapes = expected_shapes(MultimodalGLM(config))
+    return nested({path: jax.ShapeDtypeStruct(shapes[path], jnp.bfloat16) for path in shapes})
 
 
 def with_vocabulary(config: GLMConfig, size: int) -> GLMConfig:

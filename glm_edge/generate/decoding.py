@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
@@ -93,7 +92,7 @@ def generate(
     prompt, state, stops = _begin(
         model, params, inputs, max_new_tokens, sampling, stop_tokens, rng, options
     )
-    generated, scores, layers, state = steps.decode(
+    generated, lengths, scores, layers, state = steps.decode(
         model,
         params,
         state,
@@ -106,8 +105,6 @@ def generate(
     )
     _check_scores(jax.device_get(state.finite))
     generated = generated[:, :max_new_tokens]
-    lengths = jnp.argmax(jnp.isin(generated, stops), axis=1)
-    lengths = jnp.where(state.stopped, lengths, max_new_tokens).astype(jnp.int32)
     scores, layers = (None if x is None else x[:, :max_new_tokens] for x in (scores, layers))
     return Generation(generated, lengths, scores, layers)
 
@@ -200,7 +197,7 @@ def _begin(
     """Run the prefill and draw the first token; return the stop tokens as an array, too."""
     beyond_context = getattr(options, "beyond_context", False)
     prompt = Prompt.of(config_of(model), inputs, max_new_tokens, beyond_context)
-    stops = jnp.asarray(stop_ids(model, stop_tokens), jnp.int32)
+    stops = steps.padded_stops(stop_ids(model, stop_tokens))
     state = steps.start(model, params, prompt, sampling, rng, options)
     state = steps.with_first_token(model, state, sampling, stops, options.early_exit)
     return prompt, state, stops

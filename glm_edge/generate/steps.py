@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from glm_edge.errors import DataError
@@ -123,6 +124,15 @@ def start(
     return state
 
 
+_fold_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
+
+
+def padded_stops(ids: Sequence[int]) -> np.ndarray:
+    """Pad stop tokens to a multiple of 8 with -1, which no token equals, so that few compile."""
+    width = max(8, -(-len(ids) // 8) * 8)
+    return np.array([*ids, *[-1] * (width - len(ids))], np.int32)
+
+
 def _row_keys(rng: Array, batch: int) -> Array:
     """Return the given keys of the rows, or derive them from the rows' indices."""
     try:
@@ -131,7 +141,7 @@ def _row_keys(rng: Array, batch: int) -> Array:
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(f"rng must be a key, as jax.random.key(0), got {rng!r:.60}") from error
     if rng.ndim == 0:
-        return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(batch))
+        return _fold_each(rng, np.arange(batch))
     if rng.shape != (batch,):
         raise DataError(f"rng must be a key or {batch} keys, one per row, found shape {rng.shape}")
     return rng
@@ -278,12 +288,13 @@ def decode(
     *,
     room: int,
     return_logits: bool = False,
-) -> tuple[Array, Array | None, Array | None, DecodeState]:
+) -> tuple[Array, Array, Array | None, Array | None, DecodeState]:
     """Decode until `limit` tokens or all rows have stopped.
 
     Returns:
-      `(tokens, logits, layers, state)`, the first three [B, room, ...]; logits and layers are None
-      unless asked for.
+      `(tokens, lengths, logits, layers, state)`: lengths are int32 [B], tokens before a row's stop
+      token or `limit`; the arrays of tokens are [B, room, ...]; logits and layers are None unless
+      asked for.
     """
 
     def put(buffer: Array, state: DecodeState, values: Array | None) -> Array:
@@ -311,4 +322,6 @@ def decode(
     carry = jax.lax.while_loop(going, body, (state, generated, scores, layers))
     state, generated, scores, layers = carry
     generated = jnp.where(jnp.arange(room) < state.index, generated, state.token[:, None])
-    return generated, scores, layers, state
+    lengths = jnp.argmax(jnp.isin(generated, stops), axis=1)
+    lengths = jnp.where(state.stopped, lengths, limit).astype(jnp.int32)
+    return generated, lengths, scores, layers, state

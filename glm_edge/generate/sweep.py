@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glm_edge.errors import DataError
@@ -161,7 +160,7 @@ def decode_rate(
       Tokens per second, without prefill.
     """
     ready = Prompt.of(config_of(model), prompt, max_new_tokens)
-    stops = jnp.asarray(stop_ids(model, None), jnp.int32)
+    stops = steps.padded_stops(stop_ids(model, None))
     state = steps.start(model, setting.params, ready, GREEDY, None, setting.options)
     state = steps.with_first_token(model, state, GREEDY, stops, setting.early_exit)
     rules = (GREEDY, stops, max_new_tokens, setting.early_exit)

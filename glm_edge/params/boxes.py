@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from flax.core import meta
 from jax import Array
@@ -589,11 +590,17 @@ def check_reach(box: Weight, where: str) -> None:
     if not isinstance(box, Quantized | FakeQuantized):
         return
     low, high = (1, 1) if box.format.qtype == "nf4" else quantization.code_range(box.format.qtype)
-    zero = 0.0 if box.zero is None else float(jnp.max(jnp.abs(box.zero.astype(jnp.float32))))
+    zero = 0.0 if box.zero is None else _largest(box.zero)
     steps = max(abs(low), high) + zero
-    largest = float(jnp.max(jnp.abs(box.scale.astype(jnp.float32)), initial=0.0)) * steps
+    largest = _largest(box.scale) * steps
     if not largest <= float(jnp.finfo(box.dtype).max):
         raise BoxError(f"{where}: weights up to {largest:.3g} are not finite in {box.dtype}")
+
+
+def _largest(x: Array) -> float:
+    """Return the largest magnitude; in numpy where that compiles no program per shape."""
+    xp: Any = np if getattr(x, "is_fully_addressable", True) else jnp
+    return float(xp.max(xp.abs(xp.asarray(x, "float32")), initial=0.0))
 
 
 def array_fields(box: Box) -> dict[str, Any]:

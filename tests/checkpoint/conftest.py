@@ -2,7 +2,7 @@
 
 import json
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -35,7 +35,7 @@ def params(model):
     rng = np.random.default_rng(0)
     return nested(
         {
-            path: jnp.asarray(rng.normal(size=shape), jnp.float32)
+            path: jax.device_put(rng.normal(size=shape).astype(np.float32))
             for path, shape in expected_shapes(model).items()
         }
     )

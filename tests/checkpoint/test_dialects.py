@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -70,7 +71,8 @@ def assert_loads_as(directory, model, params, dtype=None):
     assert jax.tree.structure(read) == jax.tree.structure(params)
     for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(params), strict=True):
         assert a.dtype == (dtype or b.dtype)
-        np.testing.assert_array_equal(a, b if dtype is None else b.astype(dtype))
+        b = np.asarray(b)
+        np.testing.assert_array_equal(a, b if dtype is None else b.astype(jnp.dtype(dtype)))
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -67,7 +66,10 @@ def test_every_member_is_recorded():
     assert set(RECORDS) == set(TINY)
 
 
-@pytest.mark.parametrize("name", TINY)
+# A glm46v computes what a glm4v does.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "glm46v" else n for n in TINY]
+)
 def test_a_member_is_what_transformers_opened(tmp_path, name):
     record = json.loads(RECORDS[name].read_text())
     model, params = make_round_trip.build(TINY[name])
@@ -116,7 +118,14 @@ def test_shards_return(tmp_path, name):
     assert_same(ge.load(directory)[1], params)
 
 
-@pytest.mark.parametrize("name", ["glm4v", "glmasr", "siglip_vision_model", "whisper", "bert"])
+# One per architecture.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("glm4v", marks=pytest.mark.slow),
+        *("glmasr", "siglip_vision_model", "whisper", "bert"),
+    ],
+)
 def test_orbax_returns(tmp_path, name):
     model, params = make_round_trip.build(TINY[name], "bfloat16")
     ge.save(model, params, tmp_path / "out", format="orbax")
@@ -220,7 +229,9 @@ def test_a_hugging_face_directory_is_written_whole_or_not_at_all(tmp_path, monke
     ge.save(model, params, tmp_path / "out", format="safetensors")
     ge.save(model, params, tmp_path / "out", format="hugging_face", overwrite=True)
     assert_same(ge.load(tmp_path / "out")[1], params)
-    spoiled = params | {"embed": {"weight": params["embed"]["weight"].at[0, 0].set(jnp.nan)}}
+    table = np.array(params["embed"]["weight"])
+    table[0, 0] = np.nan
+    spoiled = params | {"embed": {"weight": table}}
     with pytest.raises(CheckpointError, match="'embed/weight': is nan"):
         ge.save(model, spoiled, tmp_path / "x", format="hugging_face")
 

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from absl import app, flags
+from absl import flags
 
 import glm_edge as ge
 from experiments.golden import make_checkpoint
@@ -39,26 +39,6 @@ SMALL = make_checkpoint.CONFIGS["glm_edge_1_5b"] | {
     "eos_token_id": [1],
     "pad_token_id": 0,
 }
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """Runs a command in this process, and takes its flags away again."""
-    before, values = set(flags.FLAGS), flags.FLAGS
-
-    def start(function, argv):
-        return function([argv[0], *values(list(argv))[1:]])
-
-    def command(*arguments):
-        try:
-            main.main(["glm-edge", *map(str, arguments)])
-        finally:
-            for name in set(values) - before:
-                delattr(values, name)
-            values.unparse_flags()
-
-    monkeypatch.setattr(app, "run", start)
-    return command
 
 
 def test_usage_lists_every_command(capsys, run):

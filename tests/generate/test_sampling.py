@@ -3,9 +3,9 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +14,24 @@ from glm_edge.generate.sampling import Sampling, process_logits, sample
 
 ROWS, VOCABULARY = 3, 40
 
-samplings = st.builds(
+# Each combination of rules compiles a program; the values are free.
+COMBINATIONS = (
+    ("repetition_penalty", "frequency_penalty"),
+    ("temperature", "top_p"),
+    ("temperature", "top_k", "frequency_penalty"),
+    ("temperature", "top_k", "top_p", "repetition_penalty", "frequency_penalty"),
+)
+VALUES = {
+    "temperature": st.sampled_from([0.3, 1.0, 1.7]),
+    "top_k": st.just(7),
+    "top_p": st.sampled_from([1e-6, 0.3, 0.85, 0.999]),
+    "repetition_penalty": st.sampled_from([1.3, 0.7]),
+    "frequency_penalty": st.sampled_from([0.2, -0.5]),
+}
+few_samplings = st.sampled_from(COMBINATIONS).flatmap(
+    lambda rules: st.builds(Sampling, **{rule: VALUES[rule] for rule in rules})
+)
+all_samplings = st.builds(
     Sampling,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
     top_k=st.sampled_from([None, 1, 7, 1000]),
@@ -60,13 +77,29 @@ def by_loops(row, in_prompt, counts, sampling):
 process = jax.jit(process_logits)
 
 
-@settings(max_examples=40)
-@given(samplings, st.integers(0, 2**16))
-def test_rules_equal_plain_loops(sampling, seed):
+def check_rules(sampling, seed):
     logits, in_prompt, counts = scores_of(seed)
     actual = process(logits, sampling, in_prompt, counts)
     expected = [by_loops(*row, sampling) for row in zip(logits, in_prompt, counts, strict=True)]
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40)
+@given(few_samplings, st.integers(0, 2**16))
+def test_rules_equal_plain_loops(sampling, seed):
+    check_rules(sampling, seed)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=1000), Sampling(2.0, 1, 1.0)])
+def test_rules_that_change_little_equal_plain_loops(sampling):
+    check_rules(sampling, 5)
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(all_samplings, st.integers(0, 2**16))
+def test_all_combinations_of_rules_equal_plain_loops(sampling, seed):
+    check_rules(sampling, seed)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -106,10 +139,10 @@ def test_rules_equal_those_of_transformers(fields, seed):
 
 def test_tokens_are_drawn_as_often_as_their_probability_says():
     draws, sampling = 20_000, Sampling(temperature=0.8, top_k=6)
-    logits = jnp.asarray(scores_of(1)[0][:1])
+    logits = scores_of(1)[0][:1]
     keys = jax.random.split(jax.random.key(0), draws)
-    tokens = jax.jit(sample)(jnp.repeat(logits, draws, axis=0), sampling, keys)
-    expected = np.asarray(jax.nn.softmax(process_logits(logits, sampling)))[0]
+    tokens = jax.jit(sample)(logits.repeat(draws, axis=0), sampling, keys)
+    expected = scipy.special.softmax(np.asarray(process(logits, sampling))[0])
     actual = np.bincount(tokens, minlength=VOCABULARY) / draws
     assert (expected > 0).sum() == 6
     np.testing.assert_allclose(actual, expected, atol=5 * math.sqrt(0.25 / draws))
@@ -117,15 +150,15 @@ def test_tokens_are_drawn_as_often_as_their_probability_says():
 
 
 def test_a_tiny_top_p_and_top_1_take_the_likeliest_token():
-    logits = jnp.asarray(scores_of(2)[0])
+    logits = scores_of(2)[0]
     keys = jax.random.split(jax.random.key(1), ROWS)
     for sampling in (Sampling(5.0, top_p=1e-9), Sampling(5.0, top_k=1)):
-        assert sample(logits, sampling, keys).tolist() == logits.argmax(-1).tolist()
+        assert jax.jit(sample)(logits, sampling, keys).tolist() == logits.argmax(-1).tolist()
 
 
 def test_equally_likely_tokens_stay_or_go_together():
-    logits = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.2]]))
-    retained = process_logits(logits, Sampling(1.0, top_p=0.5)) > -jnp.inf
+    logits = np.log(np.float32([[0.4, 0.2, 0.2, 0.2]]))
+    retained = np.asarray(process(logits, Sampling(1.0, top_p=0.5))) > -np.inf
     assert retained.tolist() == [[True, True, True, True]]
 
 

@@ -119,7 +119,7 @@ def test_unfit_stop_strings_are_refused(stops):
 
 
 def test_streamed_text_is_the_decoded_generation(make_model):
-    model, params = make_model(vocab_size=len(BYTES.get_vocab()))
+    model, params = make_model(vocab_size=len(BYTES.get_vocab()), num_layers=1)
     prompt = BYTES.encode("中 text").ids
     options = {"max_new_tokens": 24, "stop_tokens": ()}
     tokens = generate(model, params, np.array([prompt]), **options).tokens[0]
@@ -137,7 +137,7 @@ def test_streamed_text_is_the_decoded_generation(make_model):
 
 
 def test_text_ends_before_a_stop_token(make_model):
-    model, params = make_model(vocab_size=len(BYTES.get_vocab()))
+    model, params = make_model(vocab_size=len(BYTES.get_vocab()), num_layers=1)
     prompt = BYTES.encode("text").ids
     tokens = generate(model, params, np.array([prompt]), max_new_tokens=24, stop_tokens=()).tokens
     tokens = tokens[0].tolist()

@@ -1,5 +1,7 @@
 """Products, dense and low-bit, against float64 ones."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,9 +100,14 @@ def rows_of(count, columns=60, seed=2):
     return np.float32(np.random.default_rng(seed).normal(size=(count, columns)) + 0.3)
 
 
-# Of each type the fewest that reach every branch; the full product is slow.
-SYMMETRIC = ("nf4", "ternary", "ternary34")
-FIRST_CASES = [c for c in CASES if (c[1] == 1) != c[2] or c[0] in SYMMETRIC] + CASES[-3:-1]
+# One case per type and per branch; the full product is slow.
+FIRST_CASES = [
+    *((qtype, 5, qtype.startswith("int")) for qtype in packing.QTYPES),
+    ("int8", 1, False),
+    ("int4", 1, False),
+    ("ternary", 1, False),
+    *CASES[-3:-1],
+]
 OTHER_CASES = [pytest.param(*c, marks=pytest.mark.slow) for c in CASES if c not in FIRST_CASES]
 
 
@@ -129,15 +136,16 @@ def test_int8_products_match_float64_of_rounded_rows(qtype, groups, affine):
     packed, weight = case(qtype, groups, affine)
     step, zero = np.float32(0.021), -40
 
-    @jax.jit
     def products(x, data, scale, weight_zero):
         static = matmul.static_int8_matmul(x, data, scale, weight_zero, step, jnp.int8(zero), qtype)
         dynamic = matmul.dynamic_int8_matmul(x, data, scale, weight_zero, qtype)
         return matmul.round_rows_to_int8(x), dynamic, static
 
-    for rows in (FEW, MANY):
-        x = rows_of(rows)
-        rounded, dynamic, static = products(x, *packed[:3])
+    both = jax.jit(lambda few, many, *weight: (products(few, *weight), products(many, *weight)))
+    for x, results in zip(
+        (rows_of(FEW), rows_of(MANY)), both(rows_of(FEW), rows_of(MANY), *packed[:3]), strict=True
+    ):
+        rounded, dynamic, static = results
         assert relative(dynamic, np.asarray(rounded, np.float64) @ weight.T) < 1e-6
         rounded = np.clip(np.round(x / step) + zero, -128, 127) - zero
         assert np.abs(rounded).max() == 127 - zero or rounded.min() == -128 - zero, "nothing clips"
@@ -200,9 +208,15 @@ def test_int8_dot_matches_int64_at_the_extremes():
     np.testing.assert_array_equal(result, x.astype(np.int64) @ weight.astype(np.int64).T)
 
 
-@pytest.mark.parametrize("qtype", ["int8", "int4", "ternary"])
-@pytest.mark.parametrize("groups", [1, 5])
-@pytest.mark.parametrize("out", [16, 19])
+FIRST_BLOCKS = [(16, 1, "int8"), (19, 5, "int4"), (19, 1, "ternary")]
+OTHER_BLOCKS = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product((16, 19), (1, 5), ("int8", "int4", "ternary"))
+    if case not in FIRST_BLOCKS
+]
+
+
+@pytest.mark.parametrize(("out", "groups", "qtype"), FIRST_BLOCKS + OTHER_BLOCKS)
 def test_a_weight_met_in_blocks_gives_the_same_product(qtype, groups, out, monkeypatch):
     packed = case(qtype, groups, rows=out)[0]
     x = rows_of(3)
@@ -217,17 +231,23 @@ def test_a_weight_met_in_blocks_gives_the_same_product(qtype, groups, out, monke
     at_once = jax.jit(products)(x, *arrays)
     monkeypatch.setattr(matmul, "BLOCK", 4 * 60)
     # A function of its own: jit keeps what it traced of the first one.
-    by_blocks = jax.jit(lambda *arguments: products(*arguments))
-    assert by_blocks.lower(x, *arrays).as_text().count("stablehlo.while") == 2
-    for actual, expected in zip(by_blocks(x, *arrays), at_once, strict=True):
+    by_blocks = jax.jit(lambda *arguments: products(*arguments)).lower(x, *arrays)
+    assert by_blocks.as_text().count("stablehlo.while") == 2
+    for actual, expected in zip(by_blocks.compile()(x, *arrays), at_once, strict=True):
         # Sums of another order differ in proportion to what is summed, not to what is left of it.
         atol = 1e-6 * np.abs(expected).max()
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.parametrize("blocks", [False, True])
-@pytest.mark.parametrize("zero_dtype", [None, np.int8, np.float32])
-@pytest.mark.parametrize("groups", [1, 5])
+FIRST_GRADIENTS = [(1, None, False), (5, np.float32, True), (5, np.int8, False)]
+OTHER_GRADIENTS = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product((1, 5), (None, np.int8, np.float32), (False, True))
+    if case not in FIRST_GRADIENTS
+]
+
+
+@pytest.mark.parametrize(("groups", "zero_dtype", "blocks"), FIRST_GRADIENTS + OTHER_GRADIENTS)
 def test_gradients_reach_rows_scales_and_float_zero_points(groups, zero_dtype, blocks, monkeypatch):
     if blocks:
         monkeypatch.setattr(matmul, "BLOCK", 4 * 60)
@@ -275,7 +295,11 @@ def test_static_rounding_passes_gradients_where_it_does_not_clip():
 
 
 @pytest.mark.parametrize(
-    "qtype", ["int8", "int6", "int5", "int4", "int3", "int2", "ternary", "nf4"]
+    "qtype",
+    [
+        *("int8", "int5", "int4", "int3"),
+        *(pytest.param(q, marks=pytest.mark.slow) for q in ("int6", "int2", "ternary", "nf4")),
+    ],
 )
 def test_few_rows_never_meet_a_dense_copy_of_the_weight(qtype, optimized):
     out, columns = 4096, 1024

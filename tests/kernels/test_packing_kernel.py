@@ -79,13 +79,10 @@ def test_bytes_match_a_loop(qtype):
 
 @pytest.mark.parametrize("qtype", packing.QTYPES)
 @settings(max_examples=12, deadline=None)
-@given(
-    leading=st.sampled_from([(), (2, 3)]),
-    columns=st.sampled_from([1, 37, 70]),
-    seed=st.integers(0, 2**31),
-)
-def test_unpacking_undoes_packing(qtype, leading, columns, seed):
-    codes = draw((*leading, columns), qtype, seed)
+@given(shape=st.sampled_from([(1,), (2, 3, 70)]), seed=st.integers(0, 2**31))
+def test_unpacking_undoes_packing(qtype, shape, seed):
+    *leading, columns = shape
+    codes = draw(shape, qtype, seed)
     packed = packing.pack(codes, qtype)
     assert packed.dtype == packing.stored_dtype(qtype)
     assert packed.shape == (*leading, packing.packed_columns(columns, qtype))
@@ -94,13 +91,28 @@ def test_unpacking_undoes_packing(qtype, leading, columns, seed):
     np.testing.assert_array_equal(result, codes)
 
 
-@pytest.mark.parametrize("qtype", packing.QTYPES)
-@pytest.mark.parametrize("columns", [37, 64, 160])
-def test_planes_hold_every_nth_column(qtype, columns):
+# Complete units, of a type in each form of units.
+COMPLETE = [(64, qtype) for qtype in ("int5", "int4", "int3", "ternary34")]
+MORE = [(columns, qtype) for columns in (64, 160) for qtype in packing.QTYPES]
+
+
+@pytest.mark.parametrize(
+    ("columns", "qtype"),
+    [
+        *((37, qtype) for qtype in packing.QTYPES),
+        *COMPLETE,
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE if case not in COMPLETE),
+    ],
+)
+def test_planes_hold_every_nth_column(columns, qtype):
     columns -= columns % 4 if qtype == "ternary34" else 0
     codes = draw((3, columns), qtype)
-    split = jax.jit(packing.planes, static_argnums=(1, 2))
-    planes = split(packing.pack(codes, qtype), columns, qtype)
+
+    @jax.jit
+    def run(codes):
+        return packing.planes(packing.pack(codes, qtype), columns, qtype)
+
+    planes = run(codes)
     together = np.stack(planes, axis=-1).reshape(3, -1)
     assert together.shape[1] - columns < len(planes)
     np.testing.assert_array_equal(together[:, :columns], codes)
@@ -121,10 +133,16 @@ def test_rows_cut_at_units_are_packed_by_themselves(qtype):
 @pytest.mark.parametrize("qtype", packing.QTYPES)
 def test_packing_works_under_jit_and_vmap(qtype):
     codes = draw((3, 2, 20), qtype)
-    packed = jax.jit(jax.vmap(lambda c: packing.pack(c, qtype)))(codes)
-    np.testing.assert_array_equal(packed, packing.pack(codes, qtype))
     unpack = jax.vmap(jax.vmap(lambda row: packing.unpack(row, 20, qtype)))
-    np.testing.assert_array_equal(jax.jit(unpack)(packed), codes)
+
+    @jax.jit
+    def run(codes):
+        packed = jax.vmap(lambda c: packing.pack(c, qtype))(codes)
+        return packed, packing.pack(codes, qtype), unpack(packed)
+
+    packed, plain, unpacked = run(codes)
+    np.testing.assert_array_equal(packed, plain)
+    np.testing.assert_array_equal(unpacked, codes)
 
 
 def test_every_byte_of_trits_is_one_of_243():

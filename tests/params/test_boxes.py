@@ -27,7 +27,14 @@ FORMATS = [
 ]
 
 
+# Both branches of the code; the others are slow where a case compiles much.
+FEW = [
+    pytest.param(f, marks=() if f in (FORMATS[0], FORMATS[-1]) else pytest.mark.slow)
+    for f in FORMATS
+]
+
 linear = jax.jit(boxes.linear, static_argnums=2)
+dense = jax.jit(boxes.dense)
 
 
 def weight(*shape, seed=0):
@@ -71,7 +78,7 @@ def test_quantized_unboxes_to_scale_times_steps(format):
     size = format.group_size or 16
     scale = np.repeat(np.asarray(box.scale, np.float64), size, axis=1)
     zero = 0 if box.zero is None else np.repeat(np.asarray(box.zero, np.float64), size, axis=1)
-    np.testing.assert_allclose(boxes.dense(box), scale * (integers - zero), rtol=1e-6)
+    np.testing.assert_allclose(dense(box), scale * (integers - zero), rtol=1e-6)
     assert box.shape == (6, 16)
     assert box.scale.dtype == jnp.dtype(format.scale_dtype)
 
@@ -86,7 +93,7 @@ def test_bytes_are_the_bytes_stored(format):
     assert boxes.count({"w": box}) == 96
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
@@ -98,7 +105,7 @@ def test_bytes_are_the_bytes_stored(format):
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_stock_modules_run_on_boxes_unchanged(module, shape, bits):
-    x, apply = weight(*shape), jax.jit(module.apply)
+    x = weight(*shape)
     params = init(module, x, seed=1)["params"]
 
     def box(path, leaf):
@@ -108,12 +115,15 @@ def test_stock_modules_run_on_boxes_unchanged(module, shape, bits):
     def cover(path, leaf):
         return boxes.mask(leaf, np.abs(leaf) > 0.1) if path.endswith("kernel") else leaf
 
-    for convert in (box, cover):
-        boxed = boxes.map_with_path(convert, params)
+    @jax.jit
+    def run(boxed):
         plain = jax.tree.map(boxes.dense, boxed, is_leaf=boxes.is_box)
+        return plain, *(module.apply({"params": tree}, x) for tree in (boxed, plain))
+
+    for convert in (box, cover):
+        plain, result, expected = run(boxes.map_with_path(convert, params))
         assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, params)
-        result = apply({"params": boxed}, x)
-        np.testing.assert_allclose(result, apply({"params": plain}, x), atol=1e-6)
+        np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -122,11 +132,11 @@ def test_a_stock_embedding_runs_on_a_box(format):
     params = init(module, tokens)["params"]
     box = {"embedding": quantize(params["embedding"], format, "embedding")}
     result = jax.jit(module.apply)({"params": box}, tokens)
-    np.testing.assert_allclose(result, np.asarray(box["embedding"].unbox())[tokens], atol=1e-6)
+    np.testing.assert_allclose(result, np.asarray(dense(box["embedding"]))[tokens], atol=1e-6)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("rows", [1, pytest.param(9, marks=pytest.mark.slow)])
 def test_our_linear_hands_the_box_to_the_low_bit_kernel(format, rows, monkeypatch):
     called = []
     kernel = matmul.quantized_matmul
@@ -135,14 +145,14 @@ def test_our_linear_hands_the_box_to_the_low_bit_kernel(format, rows, monkeypatc
     box = quantize(weight(6, 16, seed=1), format)
     result = jax.jit(module.apply)({"params": {"weight": box}}, x)
     assert called
-    np.testing.assert_allclose(result, x @ np.asarray(boxes.dense(box)).T, atol=1e-5)
+    np.testing.assert_allclose(result, x @ np.asarray(dense(box)).T, atol=1e-5)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_our_embedding_dequantizes_only_the_rows_it_reads(format, monkeypatch):
     # Rounding decodes what it stores, to measure it.
     box, tokens = quantize(weight(10, 16), format), np.array([[0, 9, 3]])
-    expected = np.asarray(boxes.dense(box))[tokens]
+    expected = np.asarray(dense(box))[tokens]
     sizes = []
     name, kernel = "dequantize_levels", quantization.dequantize_levels
     monkeypatch.setattr(
@@ -161,7 +171,7 @@ def test_our_tied_head_reaches_the_low_bit_kernel(monkeypatch):
     attend = functools.partial(Embed(10, 16).apply, method="attend")
     result = jax.jit(attend)({"params": {"weight": box}}, x)
     assert called
-    np.testing.assert_allclose(result, x @ np.asarray(boxes.dense(box)).T, atol=1e-5)
+    np.testing.assert_allclose(result, x @ np.asarray(dense(box)).T, atol=1e-5)
 
 
 def test_int8_dynamic_rounds_rows_of_quantized_weights_only():
@@ -170,11 +180,11 @@ def test_int8_dynamic_rounds_rows_of_quantized_weights_only():
     box = quantize(plain, Format("int8"))
     rounded = np.asarray(jax.jit(matmul.round_rows_to_int8)(x))
     result = linear(x, box, "int8_dynamic")
-    np.testing.assert_allclose(result, rounded @ np.asarray(boxes.dense(box)).T, atol=1e-5)
+    np.testing.assert_allclose(result, rounded @ np.asarray(dense(box)).T, atol=1e-5)
     np.testing.assert_allclose(linear(x, plain, "int8_dynamic"), x @ plain.T, atol=1e-5)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("format", FEW, ids=str)
 def test_scan_runs_over_stacked_boxes(format):
     class Block(nn.Module):
         @nn.compact
@@ -183,14 +193,14 @@ def test_scan_runs_over_stacked_boxes(format):
 
     stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
     x = weight(5, 16)
-    dense = init(stack, x, None)["params"]
+    params = init(stack, x, None)["params"]
 
     def box(path, leaf):
         name = path.rsplit("/", 1)[-1]
         return leaf if leaf.ndim == 1 else quantize(leaf, format, name)
 
     layers = [
-        boxes.map_with_path(box, jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], dense))
+        boxes.map_with_path(box, jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], params))
         for i in range(3)
     ]
     stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *layers)
@@ -199,21 +209,24 @@ def test_scan_runs_over_stacked_boxes(format):
         expected, _ = block({"params": layer}, expected, None)
     actual, _ = jax.jit(stack.apply)({"params": stacked}, x, None)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
-    np.testing.assert_allclose(
-        stacked["ours"]["weight"].unbox()[1], layers[1]["ours"]["weight"].unbox()
-    )
+    unboxed = np.asarray(dense(stacked["ours"]["weight"]))
+    np.testing.assert_allclose(unboxed[1], dense(layers[1]["ours"]["weight"]))
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("format", FEW, ids=str)
 def test_vmap_runs_over_a_batch_of_boxes(format):
     each = [quantize(weight(6, 16, seed=i), format) for i in range(3)]
     x = weight(3, 2, 16)
     stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *each)
-    result = np.asarray(jax.jit(jax.vmap(boxes.linear))(x, stacked))
+
+    @jax.jit
+    def run(x, stacked):
+        return jax.vmap(boxes.linear)(x, stacked), jax.vmap(boxes.dense)(stacked)
+
+    result, unboxed = jax.device_get(run(x, stacked))
     for i, box in enumerate(each):
         np.testing.assert_allclose(result[i], linear(x[i], box), atol=1e-5)
-    unboxed = jax.jit(jax.vmap(boxes.dense))(stacked)
-    np.testing.assert_array_equal(unboxed, np.stack([boxes.dense(box) for box in each]))
+    np.testing.assert_array_equal(unboxed, np.stack([dense(box) for box in each]))
 
 
 def test_static_fields_are_hashable_so_that_a_box_is_traced_once():

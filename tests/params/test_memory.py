@@ -7,6 +7,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import quantize
@@ -43,6 +44,8 @@ def temporary_bytes() -> dict[str, int]:
     return results
 
 
+# tests/kernels/test_matmul_kernel.py measures the products one by one.
+@pytest.mark.slow
 def test_temporary_memory_is_under_twice_the_largest_layer(optimized):
     # XLA reads the flag once, before jax is imported: hence a process of its own.
     environment = {**os.environ, "XLA_FLAGS": FLAG, "JAX_PLATFORMS": "cpu"}

@@ -161,9 +161,9 @@ def quantized(columns: int, **options) -> ge.params.Quantized:
     format = Format(**options)
     groups = columns // (format.group_size or columns)
     return ge.params.quantized(
-        jnp.zeros((8, columns), jnp.int8),
-        jnp.ones((8, groups)),
-        None if format.symmetric else jnp.zeros((8, groups), jnp.int8),
+        np.zeros((8, columns), np.int8),
+        jax.device_put(np.ones((8, groups), np.float32)),
+        None if format.symmetric else jax.device_put(np.zeros((8, groups), np.int8)),
         format,
     )
 
