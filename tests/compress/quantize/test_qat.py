@@ -64,12 +64,12 @@ def test_gradients_match_learned_step_size_quantization(text, low, high):
     format = Format(*text.split("-")[:1], *([16] if "g16" in text else []))
     weight, upstream = weight_of(), weight_of(seed=1)
     box = fake(PATH, jnp.asarray(weight), QuantizeConfig(format, "mse"))
-    box = box.replace(scale=box.scale * 0.7)
+    box = box.replace(scale=np.asarray(box.scale) * np.float32(0.7))
 
     def product(value, scale):
         return jnp.sum(box.replace(value=value, scale=scale).unbox() * upstream)
 
-    actual = jax.grad(product, (0, 1))(box.value, box.scale)
+    actual = jax.jit(jax.grad(product, (0, 1)))(box.value, box.scale)
     expected = lsq(weight, np.asarray(box.scale), upstream.astype(np.float64), low, high)
     for one, other in zip(actual, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
@@ -89,8 +89,9 @@ def test_what_is_stored_is_the_last_forward_pass_bit_for_bit(text):
     leaf = jnp.asarray(weight_of())
     box = fake(PATH, leaf, QuantizeConfig(format, "mse"))
     rng = np.random.default_rng(2)
-    moved = box.value + 0.3 * rng.normal(size=box.value.shape)
-    box = box.replace(value=jnp.float32(moved), scale=box.scale * rng.uniform(0.8, 1.2))
+    moved = np.float32(np.asarray(box.value) + 0.3 * rng.normal(size=box.value.shape))
+    scale = np.asarray(box.scale) * np.float32(rng.uniform(0.8, 1.2))
+    box = box.replace(value=jnp.asarray(moved), scale=jnp.asarray(scale))
     stored = finalize(PATH, box, leaf)
     assert isinstance(stored, Quantized)
     assert stored.format == format

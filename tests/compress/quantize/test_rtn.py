@@ -30,6 +30,15 @@ KINDS = [
 ]
 
 
+def cases(usual, other):
+    """All kinds with the first option; with the second, all between first and last slow."""
+    few = (KINDS[0], KINDS[-1])
+    marked = [
+        pytest.param(*kind, other, marks=() if kind in few else pytest.mark.slow) for kind in KINDS
+    ]
+    return [(*kind, usual) for kind in KINDS] + marked
+
+
 def weight(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
@@ -62,8 +71,7 @@ def rtn_loop(values, bits, group, symmetric, scale_type):
     return out, integers
 
 
-@pytest.mark.parametrize(("bits", "group", "symmetric"), KINDS)
-@pytest.mark.parametrize("scale_dtype", [None, "float16"])
+@pytest.mark.parametrize(("bits", "group", "symmetric", "scale_dtype"), cases(None, "float16"))
 def test_matches_a_loop(bits, group, symmetric, scale_dtype):
     values = weight(8, 32) * np.exp(weight(8, 1, seed=1))
     transform = quantize.rtn(named(bits, group, symmetric, scale_dtype))
@@ -112,8 +120,7 @@ def test_mse_never_loses_more_in_any_group_even_affine():
         assert (lost["mse"] <= lost["max"] * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize(("bits", "group", "symmetric"), KINDS)
-@pytest.mark.parametrize("scale", ["max", "mse"])
+@pytest.mark.parametrize(("bits", "group", "symmetric", "scale"), cases("max", "mse"))
 def test_zeros_of_a_mask_stay_zero_and_the_mask_goes(bits, group, symmetric, scale):
     values = {"weight": weight(8, 32)}
     _, pruned, _ = prune.magnitude(0.5)(None, values)
@@ -125,8 +132,7 @@ def test_zeros_of_a_mask_stay_zero_and_the_mask_goes(bits, group, symmetric, sca
     assert report.rows[0].keep_ratio == 0.5
 
 
-@pytest.mark.parametrize(("bits", "group", "symmetric"), KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("bits", "group", "symmetric", "dtype"), cases("float32", "float16"))
 def test_groups_of_zeros_and_vanishing_weights_stay_finite(bits, group, symmetric, dtype):
     values = weight(8, 32)
     values[0], values[1] = 0.0, 1e-30

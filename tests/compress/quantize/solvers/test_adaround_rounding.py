@@ -148,7 +148,7 @@ def test_the_soft_choice_comes_closer_than_descent_alone():
 
 @pytest.mark.parametrize("method", learned.METHODS)
 def test_inputs_that_are_never_there_leave_nearest_rounding(method):
-    format = Format("int4")
+    format = Format("int3")
     layer, *_ = layer_of()
     silent = Layer(layer.weight, *(np.zeros(x.shape, np.float32) for x in layer[1:]))
     grid = choose(layer.weight, format, "max")
