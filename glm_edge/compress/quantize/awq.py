@@ -154,9 +154,9 @@ def _search(
         steps,
         scale,
     )
-    errors = np.asarray(errors)
-    best = int(np.argmin(errors))
-    error_ratio = errors[best] / np.maximum(errors[0], np.finfo(np.float32).tiny)
+    losses = np.asarray(errors)
+    best = int(np.argmin(losses))
+    error_ratio = losses[best] / np.maximum(losses[0], np.finfo(np.float32).tiny)
     return factor, f"ratio {best / steps:g}, error x {error_ratio:.3f}"
 
 
