@@ -12,7 +12,7 @@ from glm_edge.compress.quantize.solvers.scales import Grid, choose
 from glm_edge.params import Format
 
 FORMATS = ["int4-g8", "int2-g8-affine", "int4-tensor", "nf4-g8"]
-FORMATS += [pytest.param(x, marks=pytest.mark.slow) for x in ("int3-channel", "ternary-channel")]
+SIMILAR = ["int3-channel", "ternary-channel"]
 encode, decode = (
     jax.jit(function, static_argnums=2) for function in (scales.encode, scales.decode)
 )
@@ -49,8 +49,18 @@ def test_the_error_of_an_output_matches_its_rows(drifted):
     np.testing.assert_allclose(jax.jit(learned.output_error)(dense, layer), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("text", FORMATS)
-@pytest.mark.parametrize("method", learned.METHODS)
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        *(("descent", text) for text in FORMATS),
+        *(("adaround", text) for text in FORMATS[:2]),
+        *(
+            pytest.param(method, text, marks=pytest.mark.slow)
+            for method, texts in (("descent", SIMILAR), ("adaround", FORMATS[2:] + SIMILAR))
+            for text in texts
+        ),
+    ],
+)
 def test_learned_rounding_beats_nearest(method, text):
     format = Format.parse(text)
     layer, rows, before = layer_of(drifted=True)
@@ -65,7 +75,9 @@ def test_learned_rounding_beats_nearest(method, text):
     assert result.sum() < 0.9 * first.sum()
 
 
-@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize(
+    "text", [*FORMATS, *(pytest.param(text, marks=pytest.mark.slow) for text in SIMILAR)]
+)
 def test_a_weight_lies_between_its_neighbours(text):
     format = Format.parse(text)
     layer, *_ = layer_of()

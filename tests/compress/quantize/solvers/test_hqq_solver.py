@@ -69,8 +69,10 @@ def loop(values, format, stored, exponent=0.7, beta=10.0, growth=1.01, steps=20)
     ("qtype", "exponent"),
     [
         ("int4", 0.7),
-        ("int4", 1.0),
-        *(pytest.param("int2", exponent, marks=pytest.mark.slow) for exponent in (0.7, 1.0)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("int4", 1.0), ("int2", 0.7), ("int2", 1.0))
+        ),
     ],
 )
 def test_zero_points_are_those_of_the_loop(qtype, exponent):
