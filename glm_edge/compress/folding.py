@@ -7,6 +7,7 @@ factor leaves the model's function unchanged. No factor can move through GELU, w
 with each other, not with a weight, so their channels have no fold.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,14 +58,11 @@ class Fold:
 
     def spread(self, factor: Array) -> Array:
         """Expand factors of the channels, [channels], to the columns, [columns]."""
-        count, repeats, width = self.blocks
-        channels = jnp.reshape(factor, (count, 1, width))
-        return jnp.broadcast_to(channels, (count, repeats, width)).reshape(-1)
+        return _spread(factor, self.blocks)
 
     def repeated(self, columns: Array) -> Array:
         """Group values of the columns, [columns], by channel, [repeats, channels]."""
-        by_block = jnp.reshape(columns, self.blocks)
-        return jnp.moveaxis(by_block, 1, 0).reshape(self.blocks[1], -1)
+        return _repeated(columns, self.blocks)
 
     def within(self, leaves: Leaves) -> bool:
         """Test that `leaves` contains all parameters as arrays or `Masked`."""
@@ -212,8 +210,25 @@ def move(fold: Fold, leaves: Leaves, factor: Array) -> dict[str, Any]:
 
 def divide_rows(leaf: Any, start: int, factor: Array) -> Any:
     """Divide the rows of a matrix, or entries of a vector, from `start` on."""
-    rows = jnp.ones(leaf.shape[0], jnp.float32).at[start : start + factor.size].divide(factor)
-    return multiply(leaf, rows.reshape(-1, *[1] * (len(leaf.shape) - 1)))
+    return multiply(leaf, _divisors(factor, start, leaf.shape))
+
+
+@functools.partial(jax.jit, static_argnames=("start", "shape"))
+def _divisors(factor: Array, start: int, shape: tuple[int, ...]) -> Array:
+    """Compute one over the factor at the rows from `start` on, else one, [rows, 1, …]."""
+    rows = jnp.ones(shape[0], jnp.float32).at[start : start + factor.size].divide(factor)
+    return rows.reshape(-1, *[1] * (len(shape) - 1))
+
+
+@functools.partial(jax.jit, static_argnames="blocks")
+def _spread(factor: Array, blocks: tuple[int, int, int]) -> Array:
+    channels = jnp.reshape(factor, (blocks[0], 1, blocks[2]))
+    return jnp.broadcast_to(channels, blocks).reshape(-1)
+
+
+@functools.partial(jax.jit, static_argnames="blocks")
+def _repeated(columns: Array, blocks: tuple[int, int, int]) -> Array:
+    return jnp.moveaxis(jnp.reshape(columns, blocks), 1, 0).reshape(blocks[1], -1)
 
 
 @jax.jit

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from glm_edge import params as boxes
@@ -152,8 +154,9 @@ def _search(
         steps,
         scale,
     )
-    best = int(jnp.argmin(errors))
-    error_ratio = float(errors[best] / jnp.maximum(errors[0], jnp.finfo(jnp.float32).tiny))
+    losses = np.asarray(errors)
+    best = int(np.argmin(losses))
+    error_ratio = losses[best] / np.maximum(losses[0], np.finfo(np.float32).tiny)
     return factor, f"ratio {best / steps:g}, error x {error_ratio:.3f}"
 
 
@@ -185,8 +188,13 @@ def _widened(leaf: Any, selected: bool) -> Any:
     return leaf.astype(jnp.float32)
 
 
+@jax.jit
+def _all_finite(gram: Array) -> Array:
+    return jnp.isfinite(gram).all()
+
+
 def _check_finite(path: str, gram: Array) -> None:
-    if not bool(jnp.isfinite(gram).all()):
+    if not bool(_all_finite(gram)):
         raise DataError(f"{NAME}: {path}: calibration inputs are not finite")
 
 

@@ -1,7 +1,8 @@
 """SmoothQuant: migration of activation outliers into weights."""
 
 import collections
-from collections.abc import Collection
+import functools
+from collections.abc import Collection, Sequence
 from dataclasses import field
 from typing import ClassVar
 
@@ -88,7 +89,8 @@ class SmoothQuant(LayerwiseTransform):
         for fold in folds:
             factor = _factor(fold, leaves, largest[fold.consumers[0]], self.alpha)
             leaves |= folding.move(fold, leaves, factor)
-            spread = f"{float(factor.min()):.3g} to {float(factor.max()):.3g}"
+            values = np.asarray(factor)
+            spread = f"{float(values.min()):.3g} to {float(values.max()):.3g}"
             for path in fold.producers:
                 notes[path].append(f"rows divided by {spread}")
             for path in fold.consumers:
@@ -165,7 +167,7 @@ def selected_folds(name: str, work: StageContext) -> list[Fold]:
 def _factor(fold: Fold, leaves: Leaves, largest: Array, alpha: float) -> Array:
     if not np.isfinite(np.asarray(largest)).all():
         raise DataError(f"{NAME}: {fold.consumers[0]}: calibration inputs are not finite")
-    weights = jnp.max(jnp.stack([_columns(boxes.dense(leaves[p])) for p in fold.consumers]), axis=0)
+    weights = _columns([boxes.dense(leaves[p]) for p in fold.consumers])
     if not np.isfinite(np.asarray(weights)).all():
         raise RecipeError(f"{NAME}: {fold.consumers[0]}: NaN or infinity in the weights")
     return smooth_factor(
@@ -194,5 +196,7 @@ def smooth_factor(activations: Array, weights: Array, alpha: float) -> Array:
 
 
 @jax.jit
-def _columns(matrix: Array) -> Array:
-    return jnp.max(jnp.abs(matrix.astype(jnp.float32)), axis=0)
+def _columns(matrices: Sequence[Array]) -> Array:
+    """Compute the largest magnitude of each column in matrices that read the same channels."""
+    largest = [jnp.max(jnp.abs(matrix.astype(jnp.float32)), axis=0) for matrix in matrices]
+    return functools.reduce(jnp.maximum, largest)

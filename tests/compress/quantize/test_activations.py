@@ -19,8 +19,8 @@ LAYERS = r"layers/"
 
 
 @pytest.fixture
-def rounded(make_member, batch_of):
-    model, params = make_member("edge")
+def rounded(square, batch_of):
+    model, params = square
     calibration = [batch_of(model, rows=4, seed=seed) for seed in (1, 2)]
     return model, rtn("int8", where=LAYERS)(model, params)[1], calibration
 
@@ -90,9 +90,9 @@ def test_methods_other_than_minmax_clip(rounded):
     assert scales["entropy"] <= scales["minmax"]
 
 
-def test_chains_after_rounding_and_needs_something_rounded(make_member, batch_of):
-    model, params = make_member("edge")
-    calibration = [batch_of(model)]
+def test_chains_after_rounding_and_needs_something_rounded(square, batch_of):
+    model, params = square
+    calibration = [batch_of(model, rows=4)]
     result = chain(rtn("int8", where=LAYERS), activations())(model, params, calibration)[1]
     stored = [leaf for _, leaf in boxes.path_items(result) if isinstance(leaf, boxes.Quantized)]
     assert all(box.input_scale is not None for box in stored)

@@ -16,7 +16,7 @@ DECODER = r"^decoder/"
 
 @pytest.fixture
 def small(make_model):
-    return make_model(num_layers=1)
+    return make_model(num_layers=1, num_heads=4, num_kv_heads=4, intermediate_size=32)
 
 
 def arrays_of(params):
@@ -29,7 +29,7 @@ def moved_by(before, after):
     return {name for name in old if not np.array_equal(old[name], new[name])}
 
 
-@pytest.mark.parametrize("format", ["int2-g16", "int2"])
+@pytest.mark.parametrize("format", ["int2-g16", pytest.param("int2", marks=pytest.mark.slow)])
 def test_scales_and_norms_move_and_integers_stay(small, calibration, format):
     model, params = small
     _, rounded, _ = rtn(format, where=DECODER)(model, params)
@@ -57,16 +57,16 @@ def test_only_the_scales_that_match_move_when_norms_do_not(small, calibration):
     assert moved_by(rounded, tuned) == {"decoder/layers/0/attention/q_proj/weight.scale"}
 
 
-def test_floating_zero_points_train_and_integer_ones_stay(small, calibration):
-    model, params = small
-    _, affine, _ = rtn("int2-affine", where="q_proj")(model, params)
-    path = "decoder/layers/0/attention/q_proj/weight"
+def test_floating_zero_points_train_and_integer_ones_stay(stock, calibration):
+    model, params = stock
+    path = "hidden/kernel"
+    _, affine, _ = rtn("int2-affine", where=path)(model, params)
 
     def floating(name, leaf):
         if name != path:
             return leaf
         format = boxes.Format("int2", None, False, "float32", "bfloat16")
-        return boxes.quantized(leaf.codes(), leaf.scale, leaf.zero, format)
+        return leaf.replace(zero=jnp.asarray(leaf.zero, jnp.bfloat16), format=format)
 
     options = {"norms": False, "teacher": (model, params)}
     options["train"] = TrainOptions(steps=4, learning_rate=0.02)
@@ -80,7 +80,7 @@ def test_floating_zero_points_train_and_integer_ones_stay(small, calibration):
 
 def test_in_a_chain_the_teacher_is_what_it_started_from(small, calibration):
     model, params = small
-    rounded = rtn("int2", where=DECODER)
+    rounded = rtn("int2-g16", where=DECODER)
     recipe = chain(rounded, distill_scales(train=TrainOptions(steps=2)))
     _, actual, _ = recipe(model, params, calibration=calibration)
     _, student, _ = rounded(model, params)
@@ -109,6 +109,6 @@ def test_what_left_the_range_of_its_type_is_refused(small):
     stored = boxes.partition(leaf, scales=True)[0]
     _check_finite(stored)
     layer = stored["decoder"]["layers"]["0"]["attention"]["q_proj"]
-    layer["weight"] = layer["weight"].replace(scale=jnp.full((64, 1), 7e4).astype(jnp.float16))
+    layer["weight"] = layer["weight"].replace(scale=np.full((32, 1), np.inf, np.float16))
     with pytest.raises(RecipeError, match="q_proj/weight: trained values exceed the range"):
         _check_finite(stored)

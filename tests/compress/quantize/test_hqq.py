@@ -1,6 +1,5 @@
 """Half-quadratic quantization as a transform."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,8 +23,8 @@ def test_boxes_hold_what_the_solver_finds():
     np.testing.assert_array_equal(box.codes(), codes)
     np.testing.assert_array_equal(box.zero, stored.zero)
     assert box.zero.dtype == jnp.float16
-    lost = jnp.linalg.norm(box.unbox() - weight()) / jnp.linalg.norm(weight())
-    assert report.rows[0].relative_error == pytest.approx(float(lost), rel=1e-4)
+    lost = np.linalg.norm(box.unbox() - np.asarray(weight())) / np.linalg.norm(weight())
+    assert report.rows[0].relative_error == pytest.approx(lost, rel=1e-4)
     assert report.rows[0].action == "int3-g16-affine-zero=float16"
 
 
@@ -38,10 +37,10 @@ def test_symmetric_grids_have_no_zero_point(format):
 
 
 def test_zeros_of_a_mask_need_a_grid_that_holds_them():
-    keep = jax.random.bernoulli(jax.random.key(0), 0.5, (16, 64))
-    masked = {"weight": boxes.mask(weight(), keep)}
+    keep = np.random.default_rng(0).random((16, 64)) < 0.5
+    masked = {"weight": boxes.mask(weight(), jnp.asarray(keep))}
     _, params, _ = hqq("int4-g16-affine")(None, masked)
-    assert not bool(jnp.any(params["weight"].unbox()[~keep] != 0))
+    assert not np.any(np.asarray(params["weight"].unbox())[~keep] != 0)
     with pytest.raises(RecipeError, match="cannot represent the zeros"):
         hqq("int4-g16-affine-zero=float16")(None, masked)
 
@@ -58,6 +57,6 @@ def test_what_has_no_meaning_is_refused():
         with pytest.raises(RecipeError, match=r"quantize\.hqq"):
             hqq(**options)
     with pytest.raises(RecipeError, match="NaN or infinity"):
-        hqq("int4-g16-affine-zero=float16")(None, {"weight": weight().at[0, 0].set(jnp.nan)})
+        hqq("int4-g16-affine-zero=float16")(None, {"weight": weight() * np.float32(np.nan)})
     with pytest.raises(RecipeError, match="do not divide into groups of 24"):
         hqq("int4-g24-affine-zero=float16")(None, {"weight": weight()})

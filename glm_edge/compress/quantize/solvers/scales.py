@@ -220,18 +220,26 @@ def search_scale(weight: Array, format: Format, scale: str, loss: Callable[[Grid
     if scale == "max":
         return grid_of(jnp.ones(2))
 
-    def better(best: tuple[Array, Array], ratio: Array) -> tuple[tuple[Array, Array], None]:
-        candidate = loss(grid_of(ratio))
-        less = candidate < best[0]
-        ratio = jnp.broadcast_to(ratio.reshape(2, -1), best[1].shape)
-        return (jnp.where(less, candidate, best[0]), jnp.where(less, ratio, best[1])), None
-
-    # A coarse search over all ratios, then a fine one around the best ratio of each output.
-    start = (jnp.full(ends.shape[:1], jnp.inf), jnp.ones((2, ends.shape[0])))
+    # A coarse search over all ratios, then a fine one around the best ratio of each output, in one
+    # loop, so that `loss` is compiled once.
     coarse, step = _candidate_ratios(format, scale == "extreme")
-    best = jax.lax.scan(better, start, jnp.asarray(coarse))[0]
-    near = best[1] * (1.0 + step * jnp.asarray(_FINE, jnp.float32)[:, None, None])
-    return grid_of(jax.lax.scan(better, best, near)[0][1])
+    fine = (1.0 + step * jnp.asarray(_FINE, jnp.float32))[:, None]
+    factors = jnp.concatenate([jnp.asarray(coarse), jnp.broadcast_to(fine, (len(_FINE), 2))])
+
+    def better(
+        carry: tuple[Array, Array, Array], tried: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array, Array], None]:
+        least, best, center = carry
+        index, factor = tried
+        center = jnp.where(index == len(coarse), best, center)
+        ratio = center * factor[:, None]
+        candidate = loss(grid_of(ratio))
+        less = candidate < least
+        return (jnp.where(less, candidate, least), jnp.where(less, ratio, best), center), None
+
+    ones = jnp.ones((2, ends.shape[0]))
+    start = (jnp.full(ends.shape[:1], jnp.inf), ones, ones)
+    return grid_of(jax.lax.scan(better, start, (jnp.arange(len(factors)), factors))[0][1])
 
 
 def _candidate_ratios(format: Format, both_signs: bool) -> tuple[np.ndarray, float]:

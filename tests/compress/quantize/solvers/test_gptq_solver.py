@@ -12,9 +12,16 @@ from glm_edge.compress.quantize.solvers import scales as grid
 from glm_edge.errors import BoxError
 from glm_edge.params import Format
 
-FORMATS = ["int8-g16", "int4-g16", "int3-g16", "int2-g16", "ternary-g16", "nf4-g16"]
-FORMATS += ["int4-channel", "int4-g16-affine", "int2-g32-affine", "ternary-channel"]
-FOURS = ["ternary34-g16", "ternary34-channel"]
+
+def slow(*cases):
+    """Marks formats whose code other cases run too."""
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+ALIKE = slow("int8-g16", "int3-g16", "int2-g16", "int2-g32-affine", "ternary-channel")
+# Options of the published algorithm, and those of the transform.
+PUBLISHED = {"scale": "max", "act_order": True}
+ALL = {"scale": "mse", "act_order": True, "refit": True, "sweeps": 2}
 choose = jax.jit(grid.choose, static_argnums=(1, 2))
 encode = jax.jit(grid.encode, static_argnums=2)
 decode = jax.jit(grid.decode, static_argnums=2)
@@ -25,7 +32,7 @@ def problem(rows=24, columns=64, samples=400, seed=0):
     mixing = np.eye(columns) + rng.normal(size=(columns, columns)) * 0.1
     inputs = rng.normal(size=(samples, columns)) * np.exp(rng.normal(size=columns) * 0.5) @ mixing
     weight = rng.normal(size=(rows, columns)).astype(np.float32)
-    return jnp.asarray(weight), jnp.asarray((inputs.T @ inputs).astype(np.float32))
+    return weight, (inputs.T @ inputs).astype(np.float32)
 
 
 def published(weight, gram, format, order=None, damping=0.01):
@@ -56,8 +63,10 @@ def objective(weight, gram, codes, scale, format):
     return np.sum(lost @ np.float64(gram) * lost)
 
 
+@pytest.mark.parametrize(
+    "name", ["int4-g16", "int4-channel", "int4-g16-affine", "nf4-g16", "ternary-g16", *ALIKE]
+)
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("name", FORMATS)
 def test_codes_are_those_of_the_published_loop(name, act_order):
     weight, gram = problem()
     format = Format.parse(name)
@@ -81,7 +90,17 @@ def test_blocks_change_no_code(block):
     np.testing.assert_array_equal(gptq.solve(weight, gram, format, block=block)[0], complete)
 
 
-@pytest.mark.parametrize("name", [*FORMATS, *FOURS, "int4-tensor", "ternary-tensor"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int4-g16",
+        "int4-g16-affine",
+        "int4-tensor",
+        *ALIKE,
+        *slow("int4-channel", "nf4-g16", "ternary-g16", "ternary34-g16", "ternary34-channel"),
+        *slow("ternary-tensor"),
+    ],
+)
 def test_every_quality_option_lowers_the_error_at_the_output(name):
     weight, gram = problem()
     format = Format.parse(name)
@@ -130,11 +149,19 @@ def test_both_signs_of_a_scale_lose_less():
         for scale in ("mse", "extreme")
     )
     assert both < 0.95 * one
-    assert bool((gptq.solve(weight, gram, format, scale="extreme")[1].scale < 0).any())
+    grids = gptq.solve(weight, gram, format, scale="extreme")[1]
+    assert np.any(np.float32(grids.scale) < 0)
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("name", FOURS)
+@pytest.mark.parametrize(
+    ("name", "act_order"),
+    [
+        ("ternary34-g16", False),
+        ("ternary34-g16", True),
+        pytest.param("ternary34-channel", False, marks=pytest.mark.slow),
+        pytest.param("ternary34-channel", True, marks=pytest.mark.slow),
+    ],
+)
 def test_fours_hold_one_zero_and_beat_nearest(name, act_order):
     weight, gram = problem()
     format = Format.parse(name)
@@ -149,45 +176,54 @@ def test_fours_hold_one_zero_and_beat_nearest(name, act_order):
 def test_the_scale_of_a_refit_solves_the_normal_equations():
     weight, gram = problem(rows=3, columns=8)
     format = Format("int3", 4, scale_dtype="float32")
-    codes, scale, _ = gptq.solve(weight, gram, format, scale="mse", damping=0.0, refit=True)
+    codes, scale, _ = gptq.solve(weight, gram, format, scale="max", damping=0.0, refit=True)
     for row in range(3):
         basis = np.zeros((8, 2))
-        basis[:4, 0], basis[4:, 1] = codes[row, :4], codes[row, 4:]
+        basis[:4, 0], basis[4:, 1] = np.split(np.asarray(codes[row]), 2)
         h = np.float64(gram)
         expected = np.linalg.solve(basis.T @ h @ basis, basis.T @ h @ np.float64(weight[row]))
         np.testing.assert_allclose(scale.scale[row], expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["int4-g16", "int4-g16-affine", "ternary-g16", "nf4-channel"])
-def test_masked_weights_stay_zero(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("int4-g16-affine", PUBLISHED),
+        ("nf4-channel", PUBLISHED),
+        *(
+            pytest.param(name, ALL, marks=pytest.mark.slow)
+            for name in ("int4-g16", "int4-g16-affine", "ternary-g16", "nf4-channel")
+        ),
+    ],
+)
+def test_masked_weights_stay_zero(name, options):
     weight, gram = problem()
     format = Format.parse(name)
-    keep = jax.random.bernoulli(jax.random.key(3), 0.5, weight.shape)
-    options = {"scale": "mse", "mask": keep, "act_order": True, "refit": True, "sweeps": 2}
-    codes, scale, _ = gptq.solve(weight * keep, gram, format, **options)
-    dense = decode(codes, scale, format)
-    assert not bool(jnp.any(jnp.where(keep, 0.0, dense) != 0))
-    assert float(jnp.mean(dense[keep] != 0)) > 0.4
+    keep = np.random.default_rng(3).random(weight.shape) < 0.5
+    codes, scale, _ = gptq.solve(weight * keep, gram, format, mask=keep, **options)
+    dense = np.asarray(decode(codes, scale, format))
+    assert not np.any(np.where(keep, 0.0, dense) != 0)
+    assert np.mean(dense[keep] != 0) > 0.4
 
 
 def test_masked_fours_keep_their_zero():
     weight, gram = problem()
     keep = np.ones(weight.shape, bool)
     keep[:, 2::4] = False
-    codes = gptq.solve(weight * keep, gram, Format.parse("ternary34-g16"), mask=jnp.asarray(keep))
+    codes = gptq.solve(weight * keep, gram, Format.parse("ternary34-g16"), mask=keep)
     assert not np.asarray(codes[0])[:, 2::4].any()
 
 
 def test_dead_columns_go_to_the_nearest_level():
     weight, gram = problem()
-    dead = jnp.arange(64) % 5 == 0
-    gram = jnp.where(dead | dead[:, None], 0.0, gram)
+    dead = np.arange(64) % 5 == 0
+    gram = np.where(dead | dead[:, None], np.float32(0.0), gram)
     format = Format.parse("int4-channel")
     codes, scale, info = gptq.solve(weight, gram, format)
     assert np.isfinite(info.loss)
-    nearest = encode(weight, scale, format)
+    codes, nearest = np.asarray(codes), np.asarray(encode(weight, scale, format))
     np.testing.assert_array_equal(codes[:, dead], nearest[:, dead])
-    assert bool(jnp.any(codes[:, ~dead] != nearest[:, ~dead]))
+    assert np.any(codes[:, ~dead] != nearest[:, ~dead])
 
 
 def test_without_any_input_all_goes_to_the_nearest_level():
@@ -203,18 +239,18 @@ def test_damping_grows_until_there_is_a_factor(kind):
     weight, gram = problem()
     if kind == "rank":
         row = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
-        gram = jnp.asarray(row.T @ row)
+        gram = row.T @ row
     elif kind == "duplicates":
-        gram = jnp.tile(gram[:32, :32], (2, 2))
+        gram = np.tile(gram[:32, :32], (2, 2))
     elif kind == "indefinite":
-        gram = gram - 2.0 * jnp.mean(jnp.diagonal(gram)) * jnp.eye(64)
+        gram = gram - np.float32(2.0 * np.mean(np.diag(gram))) * np.eye(64, dtype=np.float32)
     else:
         gram = -gram
     format = Format.parse("int4-g16")
     codes, scale, info = gptq.solve(weight, gram, format, "mse", damping=0.0, refit=True, sweeps=1)
     assert info.damping > 0
-    assert bool(jnp.isfinite(scale.scale).all())
-    assert int(jnp.abs(codes).max()) <= 8
+    assert np.isfinite(np.float32(scale.scale)).all()
+    assert np.abs(np.asarray(codes)).max() <= 8
 
 
 def test_what_has_no_answer_is_refused():
@@ -224,4 +260,4 @@ def test_what_has_no_answer_is_refused():
     with pytest.raises(BoxError, match="gram must be"):
         gptq.solve(weight, gram[:32, :32], Format.parse("int4-g16"))
     with pytest.raises(FloatingPointError, match="NaN"):
-        gptq.solve(weight, gram.at[0, 0].set(jnp.nan), Format.parse("int4-g16"))
+        gptq.solve(weight, gram * np.float32(np.nan), Format.parse("int4-g16"))

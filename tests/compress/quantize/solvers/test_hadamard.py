@@ -18,10 +18,14 @@ def matrix(rotation):
     return np.float64(rotation.signs)[:, None] * np.kron(sylvester, odd)
 
 
-LARGE = [384, *(pytest.param(size, marks=pytest.mark.slow) for size in (1536, 4096))]
+# Without and with an odd factor, and with one and two Hadamard factors.
+SIZES = [1, 3, 20, 384]
+MORE = (2, 8, 64, 107, 128, 192, 256, 1000, 1536, 4096)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8, 20, 64, 107, 128, 192, 256, 1000, *LARGE])
+@pytest.mark.parametrize(
+    "size", [*SIZES, *(pytest.param(size, marks=pytest.mark.slow) for size in MORE)]
+)
 def test_multiplies_with_the_product_of_its_factors(size):
     rotation = hadamard.random_rotation(jax.random.key(size), size)
     x = np.random.default_rng(1).normal(size=(3, size)).astype(np.float32)

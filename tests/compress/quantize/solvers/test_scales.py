@@ -104,11 +104,11 @@ def test_a_range_below_float32_has_a_scale():
 
 def test_solve_is_the_same_for_a_gram_matrix_of_any_size():
     rng = np.random.default_rng(0)
-    inputs, weight = rng.normal(size=(64, 16)), rng.normal(size=(8, 16)).astype(np.float32)
-    gram, format = jnp.asarray(inputs.T @ inputs, jnp.float32), Format("int4", 8)
+    inputs, weight = rng.normal(size=(64, 64)), rng.normal(size=(24, 64)).astype(np.float32)
+    gram, format = np.float32(inputs.T @ inputs), Format("int4", 16)
     codes, _, info = gptq.solve(weight, gram, format, refit=True, sweeps=1)
     # The mean of this diagonal is beyond float32.
-    for factor in (2.0**121, 2.0**-100):
+    for factor in np.float32([2.0**121, 2.0**-100]):
         again, _, scaled = gptq.solve(weight, gram * factor, format, refit=True, sweeps=1)
         np.testing.assert_array_equal(codes, again)
         assert scaled.damping == info.damping
@@ -116,7 +116,7 @@ def test_solve_is_the_same_for_a_gram_matrix_of_any_size():
 
 
 def test_damped_factor_ends_for_what_is_no_gram_matrix():
-    factor, _, _ = gptq.damped_factor(-jnp.eye(4) * 1e38, 0.01)
+    factor, _, _ = gptq.damped_factor(np.float32(-1e38) * np.eye(64, dtype=np.float32), 0.01)
     assert np.isfinite(factor).all()
     with pytest.raises(FloatingPointError, match="NaN or infinity"):
-        gptq.damped_factor(jnp.eye(4) * np.inf, 0.01)
+        gptq.damped_factor(np.full((64, 64), np.inf, np.float32), 0.01)

@@ -6,7 +6,7 @@ import pytest
 
 from glm_edge.compress.quantize.solvers import triangular
 
-SIZES = [5, 64, 65, 200]
+SIZES = [5, 200, *(pytest.param(size, marks=pytest.mark.slow) for size in (64, 65))]
 
 
 def problem(size):
