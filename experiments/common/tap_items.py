@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.nano.phone_screens import digits, generator, instructions, speech
+from experiments.nano.phone_screens import dialogues, digits, generator, instructions, speech
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import DataError
 from glm_edge.kernels.log_mel import log_mel
@@ -23,11 +23,26 @@ BATCH = 32
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One question about one screen, with a recording if it is spoken."""
+    """One question about one screen.
+
+    Args:
+      image: the screen.
+      question: question and answer.
+      samples: recording of a spoken question.
+      speaker: who speaks.
+      text: text of the prompt after the image, if it differs from the question's.
+    """
 
     image: np.ndarray
     question: instructions.Question
     samples: np.ndarray | None = None
+    speaker: str | None = None
+    text: str | None = None
+
+    @property
+    def prompt_text(self) -> str:
+        """Text of the prompt after the image."""
+        return self.question.instruction_text if self.text is None else self.text
 
 
 def draw_items(
@@ -36,6 +51,7 @@ def draw_items(
     digits_dir: str | None = None,
     utterances: Sequence[speech.Utterance] = (),
     split: str = "eval",
+    wording: str | None = None,
 ) -> list[Item]:
     """Draw one question for each of `count` screens.
 
@@ -45,14 +61,13 @@ def draw_items(
       digits_dir: folder of MNIST files for the keys; None uses scikit-learn's digits.
       utterances: recordings; if set, all questions are spoken.
       split: `eval` or `calibration`.
+      wording: one of `instructions.WORDINGS`; default: "exam" for `eval`, else "train".
 
     Returns:
       The items.
     """
-    part = "train" if split == "calibration" else "eval"
-    source = digits.mnist_folder(digits_dir, part) if digits_dir else digits.sklearn_digits(part)
-    rng = generator.random_stream(split, seed)
-    drawer = generator.ScreenGenerator(source)
+    wording = wording or ("exam" if split == "eval" else "train")
+    drawer, rng = _screens(digits_dir, split, seed)
     by_digit = [[u for u in utterances if u.digit == digit] for digit in range(10)]
     missing = [str(digit) for digit, clips in enumerate(by_digit) if utterances and not clips]
     if missing:
@@ -60,14 +75,50 @@ def draw_items(
     items = []
     for _ in range(count):
         screen = drawer.draw(rng, "keypad" if utterances else "mixed")
+        while wording == "names" and not instructions.nameable(screen):
+            screen = drawer.draw(rng, "mixed")
         mix = instructions.SPEECH_MIX if utterances else instructions.TEXT_MIX
-        question = instructions.questions(rng, screen, 1, mix)[0]
-        samples = None
+        question = instructions.questions(rng, screen, 1, mix, wording)[0]
         if utterances:
             clips = by_digit[question.spoken]
-            samples = clips[rng.integers(len(clips))].samples
-        items.append(Item(screen.image, question, samples))
+            clip = clips[rng.integers(len(clips))]
+            items.append(Item(screen.image, question, clip.samples, clip.speaker))
+        else:
+            items.append(Item(screen.image, question))
     return items
+
+
+def draw_dialogues(
+    count: int, seed: int, digits_dir: str | None = None, wording: str = "exam"
+) -> list[Item]:
+    """Draw one request of a dialogue for each of `count` unseen screens.
+
+    The earlier answers of a request are the right ones.
+
+    Args:
+      count: number of requests.
+      seed: seed of screens and tasks.
+      digits_dir: folder of MNIST files for the keys; None uses scikit-learn's digits.
+      wording: "exam" or "train".
+
+    Returns:
+      The items.
+    """
+    drawer, rng = _screens(digits_dir, "eval", seed)
+    items = []
+    for index in range(count):
+        screen = drawer.draw(rng, "keypad" if index % 2 else "mixed")
+        turn = dialogues.draw_turn(rng, screen, wording)
+        items.append(Item(screen.image, turn.question, text=dialogues.prompt_text(turn)))
+    return items
+
+
+def _screens(
+    digits_dir: str | None, split: str, seed: int
+) -> tuple[generator.ScreenGenerator, np.random.Generator]:
+    part = "train" if split == "calibration" else "eval"
+    source = digits.mnist_folder(digits_dir, part) if digits_dir else digits.sklearn_digits(part)
+    return generator.ScreenGenerator(source), generator.random_stream(split, seed)
 
 
 def ablate(items: Sequence[Item], ablation: str) -> list[Item]:
@@ -99,8 +150,7 @@ def prompt(item: Item, config: GLMConfig, tokenizer: Tokenizer) -> dict[str, Any
     audio, audio_tokens = None, 0
     if item.samples is not None:
         audio, audio_tokens = mel_of([item.samples], config)[0], config.speech.num_tokens
-    text = item.question.instruction_text
-    ids = prompt_ids(tokenizer, text, config.vision.num_tokens, audio_tokens)
+    ids = prompt_ids(tokenizer, item.prompt_text, config.vision.num_tokens, audio_tokens)
     return {"tokens": np.array(ids, np.int32), "image": item.image, "audio": audio}
 
 
@@ -117,7 +167,7 @@ def prompt_batches(
     prompts = [
         prompt_ids(
             tokenizer,
-            item.question.instruction_text,
+            item.prompt_text,
             config.vision.num_tokens,
             0 if item.samples is None else audio_tokens,
         )

@@ -1,14 +1,16 @@
 """Tasks of several steps: a written task, the answers so far, and the next action.
 
-A phone agent asks for one action per screen. Its request contains the task, the earlier answers, and
-the present screen. A task either dials digits on one keypad, or joins instructions about different
-screens. After the last step the answer is `finish(message="done")`.
+A phone agent asks for one action per screen. Its request contains the task, the earlier answers,
+and the present screen. A task either dials digits on one keypad, or joins instructions about
+different screens. After the last step the answer is `finish(message="done")`.
 
 The prompt of `prompt_text` is what nano's chat template makes of such a request: the present image
 first, then the task, then the earlier answers.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,7 +19,6 @@ from experiments.nano.phone_screens.actions import Action, format_action, tap_at
 from experiments.nano.phone_screens.generator import (
     HEIGHT,
     MIN_KEYS_FOR_SPEECH,
-    MIN_OF_TYPE,
     NAMES,
     WIDTH,
     Element,
@@ -25,6 +26,8 @@ from experiments.nano.phone_screens.generator import (
 )
 from experiments.nano.phone_screens.speech import DIGIT_WORDS
 from glm_edge.preprocess.tokens import ASSISTANT, USER
+
+Option = TypeVar("Option")
 
 SHORTEST, LONGEST = 2, 4
 STOP = "<|endoftext|>"
@@ -117,7 +120,7 @@ def _sequence(rng: np.random.Generator, screen: Screen, wording: str) -> Turn:
     texts, answers = [], []
     for index, kind in enumerate(kinds):
         # Other steps have other screens, of which the request has only the answers.
-        element = _target(rng, screen) if index == step else _elsewhere(rng)
+        element = _pick(rng, instructions.targets(screen)) if index == step else _elsewhere(rng)
         if kind == "tap":
             texts.append(instructions.describe(rng, element, wording, plain=True))
             answers.append(_answer(element))
@@ -145,14 +148,8 @@ def _length(rng: np.random.Generator) -> int:
     return int(rng.integers(SHORTEST, LONGEST + 1))
 
 
-def _pick(rng: np.random.Generator, texts: tuple[str, ...]) -> str:
-    return texts[int(rng.integers(len(texts)))]
-
-
-def _target(rng: np.random.Generator, screen: Screen) -> Element:
-    types = [e.type for e in screen.elements]
-    asked = [e for e in screen.elements if types.count(e.type) >= MIN_OF_TYPE]
-    return asked[int(rng.integers(len(asked)))]
+def _pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
+    return options[int(rng.integers(len(options)))]
 
 
 def _elsewhere(rng: np.random.Generator) -> Element:

@@ -135,6 +135,17 @@ def _spoken_style(
     return sentence
 
 
+def targets(screen: Screen) -> list[Element]:
+    """Return the elements of a screen that have distractors of their type."""
+    types = [e.type for e in screen.elements]
+    return [e for e in screen.elements if types.count(e.type) >= MIN_OF_TYPE]
+
+
+def nameable(screen: Screen) -> list[Element]:
+    """Return the targets of a screen that have untrained names."""
+    return [e for e in targets(screen) if e.type in _NAMED]
+
+
 def questions(
     rng: np.random.Generator,
     screen: Screen,
@@ -169,12 +180,9 @@ def questions(
             f"no question of {dict(mix)} fits a screen with {len(keys)} digit keys; "
             f"speech needs {MIN_KEYS_FOR_SPEECH}"
         )
-    types = [e.type for e in screen.elements]
-    asked = [e for e in screen.elements if types.count(e.type) >= MIN_OF_TYPE]
-    if wording == "names":
-        asked = [e for e in asked if e.type in _NAMED]
-        if not asked:
-            raise DataError("the screen has no icon and no row, which have untrained names")
+    asked = nameable(screen) if wording == "names" else targets(screen)
+    if not asked:
+        raise DataError("the screen has no icon and no row, which have untrained names")
     pools = {"tap": _Shuffled(rng, asked), "speech": _Shuffled(rng, keys)}
     shares = np.array(list(weights.values()), float) / total
     kinds = rng.choice(list(weights), size=count, p=shares)
