@@ -77,6 +77,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("joint_steps", 8000, "Steps of the joint stage, on all cores.", 1)
 flags.DEFINE_integer("seed", 0, "Seed of weights and all random values.")
+flags.DEFINE_integer("core", None, "Index of the only core to use; default: all cores.", 0)
 flags.DEFINE_list("stages", list(STAGES), "Stages to run or resume.")
 
 CONTEXT = 2048
@@ -332,15 +333,16 @@ def train_joint(directory: Path, params: dict[str, Any], heads: dict[str, Any]) 
 
 def run_apart(lane: list[str], core: int) -> subprocess.Popen:
     """Run stages in a separate process, on one core if the system supports it."""
-    stage_flag = f"--stages={','.join(lane)}"
-    command = [sys.executable, "-m", "experiments.train_nano", *sys.argv[1:], stage_flag]
+    further = [f"--stages={','.join(lane)}", f"--core={core}"]
+    command = [sys.executable, "-m", "experiments.train_nano", *sys.argv[1:], *further]
+    return subprocess.Popen(command)
 
-    def pin() -> None:
-        if hasattr(os, "sched_setaffinity"):
-            available = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {available[core % len(available)]})
 
-    return subprocess.Popen(command, preexec_fn=pin)
+def use_core(core: int) -> None:
+    """Run this process on one core; JAX then starts one thread."""
+    if hasattr(os, "sched_setaffinity"):
+        available = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {available[core % len(available)]})
 
 
 def trained_parts(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
@@ -399,6 +401,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     directory = Path(FLAGS.out_dir)
     directory.mkdir(parents=True, exist_ok=True)
+    if FLAGS.core is not None:
+        use_core(FLAGS.core)
     config = nano_config()
     params = initial_params(config, FLAGS.seed)
     heads = objectives.init_heads(

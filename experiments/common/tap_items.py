@@ -15,7 +15,7 @@ from experiments.nano.phone_screens import dialogues, digits, generator, instruc
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import DataError
 from glm_edge.kernels.log_mel import log_mel
-from glm_edge.preprocess.tokens import prompt_ids
+from glm_edge.preprocess.tokens import encode, prompt_ids
 
 ABLATIONS = ("none", "blank_images", "shuffled_images", "blank_audio")
 BATCH = 32
@@ -30,19 +30,14 @@ class Item:
       question: question and answer.
       samples: recording of a spoken question.
       speaker: who speaks.
-      text: text of the prompt after the image, if it differs from the question's.
+      turn: request of a dialogue; `question` is its question.
     """
 
     image: np.ndarray
     question: instructions.Question
     samples: np.ndarray | None = None
     speaker: str | None = None
-    text: str | None = None
-
-    @property
-    def prompt_text(self) -> str:
-        """Text of the prompt after the image."""
-        return self.question.instruction_text if self.text is None else self.text
+    turn: dialogues.Turn | None = None
 
 
 def draw_items(
@@ -109,7 +104,7 @@ def draw_dialogues(
     for index in range(count):
         screen = drawer.draw(rng, "keypad" if index % 2 else "mixed")
         turn = dialogues.draw_turn(rng, screen, wording)
-        items.append(Item(screen.image, turn.question, text=dialogues.prompt_text(turn)))
+        items.append(Item(screen.image, turn.question, turn=turn))
     return items
 
 
@@ -150,8 +145,17 @@ def prompt(item: Item, config: GLMConfig, tokenizer: Tokenizer) -> dict[str, Any
     audio, audio_tokens = None, 0
     if item.samples is not None:
         audio, audio_tokens = mel_of([item.samples], config)[0], config.speech.num_tokens
-    ids = prompt_ids(tokenizer, item.prompt_text, config.vision.num_tokens, audio_tokens)
+    ids = _ids(item, config, tokenizer, audio_tokens)
     return {"tokens": np.array(ids, np.int32), "image": item.image, "audio": audio}
+
+
+def _ids(item: Item, config: GLMConfig, tokenizer: Tokenizer, audio_tokens: int) -> list[int]:
+    image_tokens = config.vision_tower.num_tokens
+    if item.turn is None:
+        text = item.question.instruction_text
+        return prompt_ids(tokenizer, text, image_tokens, audio_tokens)
+    *ids, assistant = prompt_ids(tokenizer, item.turn.task, image_tokens, audio_tokens)
+    return [*ids, *encode(tokenizer, dialogues.continuation(item.turn)), assistant]
 
 
 def prompt_batches(
@@ -165,13 +169,7 @@ def prompt_batches(
     """
     audio_tokens = config.speech.num_tokens if config.speech is not None else 0
     prompts = [
-        prompt_ids(
-            tokenizer,
-            item.prompt_text,
-            config.vision.num_tokens,
-            0 if item.samples is None else audio_tokens,
-        )
-        for item in items
+        _ids(item, config, tokenizer, 0 if item.samples is None else audio_tokens) for item in items
     ]
     # Room for a recording, and silence where there is none: one compiled program serves both kinds.
     longest = max(config.vision.num_tokens + audio_tokens + 8, *map(len, prompts))

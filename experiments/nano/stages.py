@@ -155,7 +155,7 @@ def run_stage(
     first, before, started = progress["step"], progress["minutes"], time.monotonic()
     _truncate_rows(files["csv"], first)
     updates = {task: jax.jit(_update(loss, optimizer)) for task, (_, loss) in tasks.items()}
-    recent: dict[str, float] = {}
+    recent: dict[str, float] = progress.pop("recent", {})
     saved = started
 
     def drawn() -> Iterator[tuple[str, Any]]:
@@ -173,7 +173,8 @@ def run_stage(
         return before + (time.monotonic() - started) / 60
 
     def write(step: int) -> None:
-        save(files, (state, opt_state), {**progress, "minutes": minutes(), "step": step})
+        now = {"minutes": minutes(), "step": step, "recent": recent}
+        save(files, (state, opt_state), {**progress, **now})
 
     for step, (task, batch) in enumerate(prefetch(drawn()), first + 1):
         opt_state.hyperparams["rate"] = jnp.float32(schedule.rate(step - 1))

@@ -71,9 +71,12 @@ class Turn:
 
 def prompt_text(turn: Turn) -> str:
     """Write the part of a prompt between the image and the final `<|assistant|>`."""
-    text = turn.task
-    for action in turn.history:
-        text += f"{ASSISTANT}{format_action(action)}{STOP}"
+    return turn.task + continuation(turn)
+
+
+def continuation(turn: Turn) -> str:
+    """Write the part of a prompt between the task and the final `<|assistant|>`."""
+    text = "".join(f"{ASSISTANT}{format_action(action)}{STOP}" for action in turn.history)
     if turn.question.instruction_text:
         text += f"{USER}{turn.question.instruction_text}"
     return text
