@@ -258,7 +258,7 @@ def train_speech(directory: Path, params: dict[str, Any], heads: dict[str, Any])
     """Train the speech encoder to recognise the spoken digit."""
     encoder = digit_training.Encoder("nano", nano_config())
     options = digit_training.DigitTraining(steps=FLAGS.speech_steps)
-    state = encoder.initial(params, heads, FLAGS.seed)
+    state = {"params": {"speech": params["speech"]}, "heads": {"digit": heads["digit"]}}
     digit_training.train("speech", directory, encoder, state, utterances(), options, FLAGS.seed)
 
 

@@ -21,6 +21,7 @@ from experiments.nano.batches import by_speaker, fit, speech_batch
 from experiments.nano.phone_screens.speech import Utterance
 from glm_edge import configs
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.models.speech import SpeechEncoder
 
 ENCODERS = ("nano", "cnn")
 SHARES = {"people": 0.6, "espeak": 0.2, "flite": 0.2}
@@ -77,16 +78,18 @@ class Encoder:
         """Number of samples per recording."""
         return self.speech.num_frames * self.speech.hop_length
 
-    def initial(self, params: dict[str, Any], heads: dict[str, Any], seed: int) -> dict[str, Any]:
-        """Return the state to start from; `params` and `heads` are those of the complete model."""
-        if self.kind == "nano":
-            return {"params": {"speech": params["speech"]}, "heads": {"digit": heads["digit"]}}
+    def initial(self, seed: int) -> dict[str, Any]:
+        """Draw the state to start from."""
         keys = jax.random.split(jax.random.key(seed))
         frames = jnp.zeros((1, self.speech.num_frames, self.speech.mel_bins))
-        return {
-            "params": {"cnn": DigitCNN().init(keys[0], frames)["params"]},
-            "heads": {"digit": 0.1 * jax.random.normal(keys[1], (10, 48))},
-        }
+        width = self.config.decoder.hidden_size
+        if self.kind == "cnn":
+            module, name, width = DigitCNN(), "cnn", 48
+        else:
+            module, name = SpeechEncoder(self.speech, width), "speech"
+        params = jax.jit(module.init)(keys[0], frames)["params"]
+        digit = jax.random.normal(keys[1], (10, width)) * width**-0.5
+        return {"params": {name: params}, "heads": {"digit": digit}}
 
     def features(
         self, state: dict[str, Any], samples: Array, rng: Array | None, options: DigitTraining

@@ -18,21 +18,16 @@ from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from experiments.common.provenance import provenance_of
-from experiments.nano import digit_training, objectives
-from experiments.nano.phone_screens import generator, metrics, speech
+from experiments.nano import digit_training
+from experiments.nano.phone_screens import metrics, speech
 from glm_edge import configs
 from glm_edge.cli import corpora
 from glm_edge.cli.console import launch, print_table, refuse_arguments
 from glm_edge.errors import GlmEdgeError
-from glm_edge.models.multimodal import MultimodalGLM
 
 FLAGS = flags.FLAGS
 _DEFAULTS = digit_training.DigitTraining()
@@ -63,17 +58,6 @@ def voices_of(kind: str, seed: int) -> list[speech.Utterance]:
     return speech.synthesize_digits(seed, speech.VOICES["train"])
 
 
-def initial_state(encoder: digit_training.Encoder, seed: int) -> dict[str, Any]:
-    """Draw the initial state of an encoder."""
-    config = encoder.config
-    model = MultimodalGLM(config)
-    init = jax.jit(functools.partial(model.init, tokens=jnp.zeros((1, 4), jnp.int32)))
-    heads = objectives.init_heads(
-        jax.random.key(seed + 1), config.decoder.hidden_size, generator.NUM_CLASSES
-    )
-    return encoder.initial(init(jax.random.key(seed))["params"], heads, seed)
-
-
 def accuracy_of(
     person: str, seed: int, recorded: list[speech.Utterance], options: digit_training.DigitTraining
 ) -> dict[str, Any]:
@@ -90,7 +74,7 @@ def accuracy_of(
     groups = {"people": others} | {kind: voices_of(kind, seed) for kind in FLAGS.voices}
     encoder = digit_training.Encoder(FLAGS.encoder, configs.preset("nano"))
     state = digit_training.train(
-        "speech", directory, encoder, initial_state(encoder, seed), groups, options, seed
+        "speech", directory, encoder, encoder.initial(seed), groups, options, seed
     )
     right = digit_training.recognised(encoder, state, alone)
     result = {
