@@ -74,8 +74,8 @@ def test_tasks_of_the_exam_use_its_templates():
 
 def request(turn, image):
     """Return the messages of Open-AutoGLM's client for a turn."""
-    seen = '\n\n{"current_app": "Phone"}'
-    text = [turn.task + seen] + ["** Screen Info **" + seen] * len(turn.history)
+    described = '\n\n{"current_app": "Phone"}'
+    text = [turn.task + described] + ["** Screen Info **" + described] * len(turn.history)
     messages = [{"role": "system", "content": "The current date: 2026.\nYou are an agent."}]
     for content, action in zip(text, turn.history, strict=False):
         answer = f"<think>so</think><answer>{actions.format_action(action)}</answer>"

@@ -99,9 +99,9 @@ def test_the_typed_word_is_in_the_instruction(screens):
 def test_scrolling_down_drags_up(screens):
     questions = ask(screens["mixed"][0], 200, {"swipe": 1.0})
     down = [q.answer_action for q in questions if "downwards" in q.instruction_text]
-    left = [q.answer_action for q in questions if "next" in q.instruction_text.split()]
+    aside = [q.answer_action for q in questions if "next" in q.instruction_text.split()]
     assert {(a.start, a.end) for a in down} == {((505, 705), (505, 295))}
-    assert {(a.start, a.end) for a in left} >= {((705, 505), (295, 505))}
+    assert {(a.start, a.end) for a in aside} >= {((705, 505), (295, 505))}
 
 
 def test_same_seed_same_questions(screens):
