@@ -4,9 +4,12 @@
         --speech_dir=DIR --text=FILE --seed=7 --ablations
 
 Prints a table, and writes the same values as JSON with --json=FILE. Screens use seeds and digit
-images that training does not use. --ablations repeats the measurement with blank images, with
-images shuffled between screens, and with silent recordings, to show which inputs the answers depend
-on. Without --speech_dir, speech is synthesised if the extra `speech` is installed.
+images that training does not use. The first row is on wordings that training does not use either;
+beside it are trained wordings, names that no training contains, and requests of dialogues of
+several steps. Spoken questions are also reported per speaker, with an interval over speakers.
+--ablations repeats the measurement with blank images, with images shuffled between screens, and
+with silent recordings, to show which inputs the answers depend on. Without --speech_dir, speech is
+synthesised if the extra `speech` is installed.
 """
 
 import functools
@@ -25,6 +28,15 @@ from glm_edge.cli import evaluate
 from glm_edge.cli.console import bar, launch, print_table
 
 FLAGS = flags.FLAGS
+# Kinds of questions, the main figures first; written ones with their wording.
+WRITTEN = {"written": "exam", "written_trained": "train", "written_names": "names"}
+KINDS = ("written", "spoken", "written_trained", "written_names", "dialogue")
+TITLES = {
+    "written": "written, new wordings",
+    "written_trained": "written, trained wordings",
+    "written_names": "written, unknown names",
+    "dialogue": "steps of dialogues",
+}
 
 
 def define_flags() -> None:
@@ -44,27 +56,46 @@ def define_flags() -> None:
 
 def measure_taps(model: Any, params: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     """Measure and print taps for written and, if the model has speech, spoken questions."""
-    report: dict[str, Any] = {"seed": FLAGS.seed, "written": None, "spoken": None}
+    report: dict[str, Any] = {"seed": FLAGS.seed, "speakers": None, **dict.fromkeys(KINDS)}
+    draw = (FLAGS.screens, FLAGS.seed, FLAGS.digits_dir)
     if model.config.vision is not None:
-        items = tap_items.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir)
-        report["written"] = measure(model, params, tokenizer, items, "written")
+        for kind, wording in WRITTEN.items():
+            items = tap_items.draw_items(*draw, wording=wording)
+            report[kind] = measure(model, params, tokenizer, items, kind)
+        items = tap_items.draw_dialogues(*draw)
+        report["dialogue"] = measure(model, params, tokenizer, items, "dialogue")
         recordings, _, notes = eval_data.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         if model.config.speech is not None and recordings:
-            items = tap_items.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir, recordings)
-            report["spoken"] = measure(model, params, tokenizer, items, "spoken")
+            items = tap_items.draw_items(*draw, recordings)
+            report["spoken"] = measure(model, params, tokenizer, items, "spoken", report)
     show(report)
     return report
 
 
 def measure(
-    model: Any, params: Any, tokenizer: Tokenizer, items: Sequence[tap_items.Item], kind: str
+    model: Any,
+    params: Any,
+    tokenizer: Tokenizer,
+    items: Sequence[tap_items.Item],
+    kind: str,
+    report: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Compute the metrics of one kind of question for each requested ablation."""
+    """Compute the metrics of one kind of question for each requested ablation.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokenizer: its tokenizer.
+      items: the questions.
+      kind: one of `KINDS`; only the exam's written and spoken questions have ablations.
+      report: receives the rates per speaker as "speakers".
+    """
     results = {}
-    for ablation in tap_items.ABLATIONS if FLAGS.ablations else ("none",):
-        if ablation == "blank_audio" and kind == "written":
+    ablated = FLAGS.ablations and kind in ("written", "spoken")
+    for ablation in tap_items.ABLATIONS if ablated else ("none",):
+        if ablation == "blank_audio" and kind != "spoken":
             continue
         taken = tap_items.ablate(items, ablation)
         label = kind if ablation == "none" else f"{kind}, {ablation.replace('_', ' ')}"
@@ -73,18 +104,26 @@ def measure(
             name: None if rate is None else vars(rate)
             for name, rate in tap_eval.outcomes(items, texts).items()
         }
+        if report is not None and ablation == "none":
+            report["speakers"] = tap_eval.per_speaker(items, texts)
     return results
 
 
 def show(report: dict[str, Any]) -> None:
     """Print the taps as a table."""
     rows = []
-    for kind in ("written", "spoken"):
+    for kind in KINDS:
         for ablation, rates in (report[kind] or {}).items():
             cells = [interval(rates[name]) for name in RATES]
-            rows.append([kind, ablation.replace("_", " "), *cells])
+            rows.append([TITLES.get(kind, kind), ablation.replace("_", " "), *cells])
     if rows:
         print_table(["questions", "taken away", *(n.replace("_", " ") for n in RATES)], rows)
+    if report["speakers"]:
+        print()
+        print_table(
+            ["speaker", "taps in the box"],
+            [[name, interval(rate)] for name, rate in report["speakers"].items()],
+        )
 
 
 RATES = ("parse_rate", "action_accuracy", "answer_accuracy", "tap_in_box")

@@ -1,19 +1,25 @@
-"""Trains nano, the shipped multimodal checkpoint, on screens, speech and text.
+"""Trains nano, the shipped multimodal checkpoint, on screens, dialogues, speech and text.
 
     python -m experiments.train_nano --out_dir=runs/nano --text=train.txt \\
-        --digits_dir=mnist --speech_dir=fsdd --holdout_speakers=lucas
+        --digits_dir=mnist --speech_dir=fsdd
 
-Writes `<stage>.csv` (curves), `curve.png`, and `checkpoint/`, which `ge.load` opens.
+Writes `<stage>.csv` (curves), `curve.png`, `training.json` (command, commit, machine, people), and
+`checkpoint/`, which `ge.load` opens.
 
 There are four stages. On one core, the vision tower learns the element in each cell of a screen. On
 the other core, the embedding learns from text, and then the speech encoder learns digits. Finally,
 the complete model with a new decoder learns to answer questions about screens, together with text.
-Every stage has a budget of wall-clock minutes (68 in total for the shipped model) and saves its
-state each minute. The same command with the same --out_dir resumes it.
+Every stage has a budget of steps, which its rates and data depend on, and saves its state each
+minute. The same command with the same --out_dir resumes it.
+
+The exam's wordings, screens and voices, and the people of --holdout_speakers, are in no batch and
+in no measurement of the training. `experiments.evaluate` measures them afterwards.
 """
 
+import dataclasses
 import functools
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -30,16 +36,20 @@ from tokenizers import Tokenizer
 
 import glm_edge as ge
 from experiments.common.figures import training_curve
-from experiments.nano import objectives, stages
-from experiments.nano.batches import ScreenBatches, fit, speech_batches, text_batches
+from experiments.common.provenance import provenance_of
+from experiments.nano import digit_training, objectives, stages
+from experiments.nano.batches import ScreenBatches, text_batch
 from experiments.nano.phone_screens import digits, generator, speech
 from experiments.nano.text.tokenizer import load as read_tokenizer
 from glm_edge import configs
 from glm_edge import params as params_lib
-from glm_edge.cli.console import launch
+from glm_edge.cli.console import launch, refuse_arguments
 from glm_edge.cli.corpora import encode_text, pydoc_topics, read_text
 from glm_edge.errors import DataError
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.writers import write_json
+
+STAGES = ("vision", "text", "speech", "joint")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out_dir", None, "Directory of the run; an existing run is resumed.")
@@ -51,27 +61,42 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")
 flags.DEFINE_list(
-    "holdout_speakers", [], "Speakers of --speech_dir that are only used for the measurement."
+    "holdout_speakers", [], "People of --speech_dir that the training does not use at all."
 )
+flags.DEFINE_list("voices", ["espeak", "flite"], "Kinds of synthetic voices to learn from.")
 flags.DEFINE_string(
     "tokenizer",
     str(Path(ge.__file__).parent / "assets/nano/tokenizer.json"),
     "Path of the model's tokenizer.json.",
 )
 flags.DEFINE_string("init_from", None, "Checkpoint with the initial weights of the joint stage.")
-flags.DEFINE_float("vision_minutes", 30.0, "Minutes of the vision stage, on one core.")
-flags.DEFINE_float("text_minutes", 22.0, "Minutes of the text stage, on the other core.")
-flags.DEFINE_float("speech_minutes", 8.0, "Minutes of the speech stage, after the text.")
-flags.DEFINE_float("joint_minutes", 43.0, "Minutes of the joint stage, on all cores.")
-flags.DEFINE_integer("seed", 0, "Seed of weights and all random values.")
-flags.DEFINE_list("stages", ["vision", "text", "speech", "joint"], "Stages to run or resume.")
-
-TEXT_LENGTH = 256
-CURRICULUM = (
-    (0.12, ("written", "mixed", "written")),
-    (0.3, ("written", "mixed", "written", "text")),
-    (1.0, ("written", "spoken", "text")),
+flags.DEFINE_integer("vision_steps", 5000, "Steps of the vision stage, on one core.", 1)
+flags.DEFINE_integer("text_steps", 500, "Steps of the text stage, on the other core.", 1)
+flags.DEFINE_integer(
+    "speech_steps", digit_training.DigitTraining().steps, "Steps of the speech stage.", 1
 )
+flags.DEFINE_integer("joint_steps", 8000, "Steps of the joint stage, on all cores.", 1)
+flags.DEFINE_integer("seed", 0, "Seed of weights and all random values.")
+flags.DEFINE_integer("core", None, "Index of the only core to use; default: all cores.", 0)
+flags.DEFINE_list("stages", list(STAGES), "Stages to run or resume.")
+
+CONTEXT = 2048
+TEXT_LENGTH, TEXT_ROWS = 256, 16
+# Screens per batch, and written, spoken and dialogue questions per screen.
+QUESTIONS = {
+    "written": (6, 8, 0, 0),
+    "mixed": (6, 4, 4, 0),
+    "spoken": (6, 0, 8, 0),
+    "dialogue": (6, 2, 0, 3),
+}
+CURRICULUM = (
+    (0.1, ("written", "mixed", "written")),
+    (0.25, ("written", "mixed", "written", "text", "dialogue")),
+    (1.0, ("written", "spoken", "text", "dialogue", "written", "spoken", "long", "dialogue")),
+)
+# Probability of random words in an instruction to tap.
+NOISE = 0.25
+ASSETS = Path(ge.__file__).parent / "assets/nano"
 LANES = (("vision",), ("text", "speech"))
 ENCODER_RATE = {"vision": 0.3, "speech": 0.3}
 
@@ -93,27 +118,48 @@ def load_tokenizer() -> Tokenizer:
     return read_tokenizer(FLAGS.tokenizer)
 
 
-def screen_batches(split: str, seed: int) -> ScreenBatches:
-    """Return the screens of one split; splits have disjoint images, speakers and seeds."""
+def nano_config() -> configs.GLMConfig:
+    """Return the configuration of the model."""
     config = configs.preset("nano")
+    decoder = dataclasses.replace(config.decoder, max_position_embeddings=CONTEXT)
+    return dataclasses.replace(config, decoder=decoder)
+
+
+def screen_batches(split: str) -> ScreenBatches:
+    """Return the screens of "train" or "calibration", which share no image and no voice."""
     sources = [digits.sklearn_digits(split)]
     if FLAGS.digits_dir:
         sources.append(digits.mnist_folder(FLAGS.digits_dir, split))
     drawers = [generator.ScreenGenerator(images) for images in sources]
-    rng = generator.random_stream(split, seed)
-    spoken = [clip for group in utterances(split) for clip in group]
-    return ScreenBatches(config, load_tokenizer(), drawers, spoken, rng)
+    if split == "train":
+        spoken = [clip for group in utterances().values() for clip in group]
+        return ScreenBatches(nano_config(), load_tokenizer(), drawers, spoken, NOISE)
+    # No person: who is measured while training is not unheard.
+    spoken = []
+    if "espeak" in FLAGS.voices:
+        spoken = speech.synthesize_digits(FLAGS.seed, speech.VOICES[split])
+    return ScreenBatches(nano_config(), load_tokenizer(), drawers, spoken)
+
+
+def people() -> list[speech.Utterance]:
+    """Return the recordings of the people to learn from."""
+    if not FLAGS.speech_dir:
+        return []
+    recorded = speech.fsdd_folder(FLAGS.speech_dir)
+    if not FLAGS.holdout_speakers:
+        return recorded
+    return speech.split_speakers(recorded, FLAGS.holdout_speakers)[0]
 
 
 @functools.cache
-def utterances(split: str) -> tuple[list[speech.Utterance], ...]:
-    """Return real and synthetic recordings of one split; splits have disjoint speakers."""
-    recorded = []
-    if FLAGS.speech_dir:
-        parts = speech.split_speakers(speech.fsdd_folder(FLAGS.speech_dir), FLAGS.holdout_speakers)
-        recorded = parts[0 if split == "train" else 1]
-    synthetic = speech.synthesize_digits(FLAGS.seed, speech.VOICES[split])
-    return tuple(group for group in (recorded, synthetic) if group)
+def utterances() -> dict[str, list[speech.Utterance]]:
+    """Return the recordings to learn from by kind: people, and synthetic voices."""
+    groups = {"people": people()}
+    if "espeak" in FLAGS.voices:
+        groups["espeak"] = speech.synthesize_digits(FLAGS.seed, speech.VOICES["train"])
+    if "flite" in FLAGS.voices:
+        groups["flite"] = speech.synthesize_with_flite(FLAGS.seed)
+    return {kind: group for kind, group in groups.items() if group}
 
 
 def tokens_of(path: str) -> np.ndarray:
@@ -126,12 +172,22 @@ def text_to_learn() -> np.ndarray:
     tokens = [tokens_of(FLAGS.text)]
     if FLAGS.pydoc:
         tokens.append(encode_text(load_tokenizer(), pydoc_topics("calibration")))
-    return np.concatenate(tokens)
+    learned = np.concatenate(tokens)
+    if len(learned) <= CONTEXT:
+        raise DataError(
+            f"{FLAGS.text}: has {len(learned)} tokens, fewer than a window of {CONTEXT}"
+        )
+    return learned
+
+
+def windows_of(tokens: np.ndarray, rows: int, length: int) -> stages.Draw:
+    """Return the function that draws batches of text."""
+    return lambda rng: text_batch(rng, tokens, rows, length)
 
 
 def train_vision(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
     """Train the vision tower to predict the element in each cell."""
-    model = MultimodalGLM(configs.preset("nano"), compute="bfloat16")
+    model = MultimodalGLM(nano_config(), compute="bfloat16")
 
     def loss(state, batch, rng):
         del rng
@@ -144,12 +200,9 @@ def train_vision(directory: Path, params: dict[str, Any], heads: dict[str, Any])
         accuracy = jnp.sum(correct & present) / jnp.maximum(jnp.sum(present), 1)
         return value, {"loss": value, "cell_accuracy": accuracy}
 
-    def dense_batches(split: str, seed: int):
-        source = screen_batches(split, seed)
-        while True:
-            yield source.draw_cells(16)
-
-    held_out = [batch for batch, _ in zip(dense_batches("eval", 991), range(8), strict=False)]
+    train, monitored = screen_batches("train"), screen_batches("calibration")
+    rng = generator.random_stream("calibration", FLAGS.seed)
+    held_out = [monitored.draw_cells(rng, 16) for _ in range(8)]
     measure = jax.jit(lambda state, batch: loss(state, batch, None)[1]["cell_accuracy"])
 
     def evaluate(state):
@@ -162,12 +215,10 @@ def train_vision(directory: Path, params: dict[str, Any], heads: dict[str, Any])
     stages.run_stage(
         "vision",
         directory,
-        FLAGS.vision_minutes,
-        2e-3,
+        stages.Schedule(FLAGS.vision_steps, 2e-3, seed=FLAGS.seed),
         state,
         stages.make_optimizer(0.02, lambda name: 1.0),
-        {"cells": (dense_batches("train", FLAGS.seed + 1), loss)},
-        ((1.0, ("cells",)),),
+        {"cells": (lambda rng: train.draw_cells(rng, 16), loss)},
         evaluate,
     )
 
@@ -175,7 +226,7 @@ def train_vision(directory: Path, params: dict[str, Any], heads: dict[str, Any])
 def train_text(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
     """Train embedding and decoder on text."""
     del heads
-    model = MultimodalGLM(configs.preset("nano"), compute="bfloat16")
+    model = MultimodalGLM(nano_config(), compute="bfloat16")
 
     def loss(state, tokens, rng, dropout=0.1):
         value = model.apply(
@@ -195,105 +246,69 @@ def train_text(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -
     stages.run_stage(
         "text",
         directory,
-        FLAGS.text_minutes,
-        3e-3,
+        stages.Schedule(FLAGS.text_steps, 3e-3, seed=FLAGS.seed, evaluate_every=100),
         {"params": {name: params[name] for name in ("embed", "decoder")}},
         stages.make_optimizer(0.1, lambda name: 1.0),
-        {"text": (text_batches(text_to_learn(), 16, TEXT_LENGTH, FLAGS.seed + 2), loss)},
-        ((1.0, ("text",)),),
+        {"text": (windows_of(text_to_learn(), TEXT_ROWS, TEXT_LENGTH), loss)},
         evaluate,
     )
 
 
 def train_speech(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
     """Train the speech encoder to recognise the spoken digit."""
-    config = configs.preset("nano")
-    model = MultimodalGLM(config, compute="bfloat16")
-    length = config.speech.num_frames * config.speech.hop_length
-
-    def loss(state, batch, rng):
-        samples, spoken = batch
-        features = model.apply(
-            {"params": state["params"]}, samples, rng, method=objectives.speech_features
-        )
-        value = objectives.digit_loss(state["heads"], features, spoken)
-        scores = features.mean(axis=-2) @ state["heads"]["digit"].T
-        return value, {"loss": value, "accuracy": jnp.mean(scores.argmax(-1) == spoken)}
-
-    measure = jax.jit(lambda state, batch: loss(state, batch, None)[1]["accuracy"])
-
-    def evaluate(state):
-        rates = {}
-        for group in utterances("eval"):
-            samples = np.stack([fit(u.samples, length) for u in group]).astype(np.float32)
-            spoken = np.array([u.digit for u in group])
-            for speaker in sorted({u.speaker for u in group}):
-                of_speaker = np.array([u.speaker == speaker for u in group])
-                rates[f"eval.{speaker}"] = float(
-                    measure(state, (samples[of_speaker], spoken[of_speaker]))
-                )
-        return rates
-
-    groups = utterances("train")
-    shares = (0.7, 0.3) if len(groups) == 2 else (1.0,)
-    batches = speech_batches(groups, shares, 48, length, FLAGS.seed + 3)
+    encoder = digit_training.Encoder("nano", nano_config())
+    options = digit_training.DigitTraining(steps=FLAGS.speech_steps)
     state = {"params": {"speech": params["speech"]}, "heads": {"digit": heads["digit"]}}
-    stages.run_stage(
-        "speech",
-        directory,
-        FLAGS.speech_minutes,
-        1.5e-3,
-        state,
-        stages.make_optimizer(0.05, lambda name: 1.0),
-        {"speech": (batches, loss)},
-        ((1.0, ("speech",)),),
-        evaluate,
-        evaluate_every=1.0,
-    )
+    digit_training.train("speech", directory, encoder, state, utterances(), options, FLAGS.seed)
 
 
 def train_joint(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> dict[str, Any]:
     """Train the complete model on questions about screens, mixed with text."""
-    config = configs.preset("nano")
+    config = nano_config()
     model = MultimodalGLM(config, compute="bfloat16")
-    train, held_out = screen_batches("train", FLAGS.seed + 4), screen_batches("eval", 992)
+    train, monitored = screen_batches("train"), screen_batches("calibration")
     first_x = load_tokenizer().token_to_id("[5,")
-    shapes = {"written": (6, 8, 0), "mixed": (6, 4, 4), "spoken": (6, 0, 8)}
+    dropout = digit_training.DigitTraining().dropout
 
-    def questions(source: ScreenBatches, shape: tuple[int, int, int]):
-        while True:
-            yield source.draw(*shape)
-
-    def screen_task(shape):
+    def screen_task(shape: tuple[int, ...]) -> tuple[stages.Draw, stages.Loss]:
         layout = train.layout(*shape[1:])
 
         def loss(state, batch, rng):
+            variables, heads = {"params": state["params"]}, state["heads"]
             return objectives.screen_loss(
-                model, {"params": state["params"]}, state["heads"], batch, layout, first_x, rng
+                model, variables, heads, batch, layout, first_x, rng, dropout
             )
 
-        return loss
+        return lambda rng: train.draw(rng, *shape), loss
 
-    def text_task(state, tokens, rng):
+    def text_loss(state, tokens, rng):
         value = model.apply(
             {"params": state["params"]}, tokens, rng, 0.1, method=objectives.text_loss
         )
         return value, {"loss": value}
 
-    tasks = {name: (questions(train, shape), screen_task(shape)) for name, shape in shapes.items()}
+    shapes = {
+        name: shape for name, shape in QUESTIONS.items() if not shape[2] or any(train.by_digit)
+    }
+    tasks = {name: screen_task(shape) for name, shape in shapes.items()}
     tokens = text_to_learn()
-    tasks["text"] = (text_batches(tokens, 16, TEXT_LENGTH, FLAGS.seed + 5), text_task)
+    tasks["text"] = (windows_of(tokens, TEXT_ROWS, TEXT_LENGTH), text_loss)
+    tasks["long"] = (windows_of(tokens, 1, CONTEXT), text_loss)
+    curriculum = tuple(
+        (until, tuple(name for name in names if name in tasks)) for until, names in CURRICULUM
+    )
+    rng = generator.random_stream("calibration", FLAGS.seed + 1)
     measured = {
-        name: [held_out.draw(*shape) for _ in range(8)]
+        name: [monitored.draw(rng, *shape) for _ in range(8)]
         for name, shape in shapes.items()
-        if name != "mixed"
+        if not shape[2] or (name == "spoken" and any(monitored.by_digit))
     }
 
     @functools.partial(jax.jit, static_argnums=2)
     def taps(state, batch, name):
         layout = train.layout(*shapes[name][1:])
         logits, _ = model.apply(
-            {"params": state["params"]}, batch, layout, None, method=objectives.screen_logits
+            {"params": state["params"]}, batch, layout, method=objectives.screen_logits
         )
         return objectives.taps_in_box(logits, batch, first_x, config.vision.image_size)
 
@@ -308,28 +323,26 @@ def train_joint(directory: Path, params: dict[str, Any], heads: dict[str, Any]) 
     return stages.run_stage(
         "joint",
         directory,
-        FLAGS.joint_minutes,
-        1e-3,
+        stages.Schedule(FLAGS.joint_steps, 1e-3, curriculum, FLAGS.seed),
         {"params": params, "heads": heads},
         stages.make_optimizer(0.05, lambda name: ENCODER_RATE.get(name, 1.0)),
         tasks,
-        CURRICULUM,
         evaluate,
-        evaluate_every=2.5,
     )["params"]
 
 
 def run_apart(lane: list[str], core: int) -> subprocess.Popen:
     """Run stages in a separate process, on one core if the system supports it."""
-    stage_flag = f"--stages={','.join(lane)}"
-    command = [sys.executable, "-m", "experiments.train_nano", *sys.argv[1:], stage_flag]
+    further = [f"--stages={','.join(lane)}", f"--core={core}"]
+    command = [sys.executable, "-m", "experiments.train_nano", *sys.argv[1:], *further]
+    return subprocess.Popen(command)
 
-    def pin() -> None:
-        if hasattr(os, "sched_setaffinity"):
-            available = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {available[core % len(available)]})
 
-    return subprocess.Popen(command, preexec_fn=pin)
+def use_core(core: int) -> None:
+    """Run this process on one core; JAX then starts one thread."""
+    if hasattr(os, "sched_setaffinity"):
+        available = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {available[core % len(available)]})
 
 
 def trained_parts(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
@@ -356,19 +369,41 @@ def trained_parts(directory: Path, params: dict[str, Any], heads: dict[str, Any]
 
 def save_checkpoint(directory: Path, params: dict[str, Any]) -> None:
     """Write the trained model in bfloat16 with its tokenizer."""
-    model = MultimodalGLM(configs.preset("nano"))
+    model = MultimodalGLM(nano_config())
     path = directory / "checkpoint"
-    extras = {"tokenizer.json": Path(FLAGS.tokenizer)}
+    extras = {
+        "tokenizer.json": Path(FLAGS.tokenizer),
+        "chat_template.jinja": ASSETS / "chat_template.jinja",
+    }
     ge.save(model, params_lib.cast(params, jnp.bfloat16), path, overwrite=True, extras=extras)
     logging.info("wrote %s", path)
 
 
+def write_record(directory: Path) -> None:
+    """Write what the checkpoint was made of."""
+    names = ["seed", "vision_steps", "text_steps", "speech_steps", "joint_steps", "voices"]
+    names += ["pydoc", "holdout_speakers"]
+    paths = ("out_dir", "text", "held_out_text", "digits_dir", "speech_dir")
+    placeholders = [f"--{name}={name.upper()}" for name in paths if FLAGS[name].value]
+    record = provenance_of("train_nano", names, placeholders) | {
+        "heard": sorted({u.speaker for group in utterances().values() for u in group}),
+        "minutes": {
+            stage: json.loads((directory / f"{stage}.json").read_text())["minutes"]
+            for stage in STAGES
+            if (directory / f"{stage}.json").exists()
+        },
+    }
+    write_json(directory / "training.json", record)
+
+
 def main(argv: list[str]) -> None:
-    del argv
+    refuse_arguments(argv)
     logging.set_verbosity(logging.INFO)
     directory = Path(FLAGS.out_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    config = configs.preset("nano")
+    if FLAGS.core is not None:
+        use_core(FLAGS.core)
+    config = nano_config()
     params = initial_params(config, FLAGS.seed)
     heads = objectives.init_heads(
         jax.random.key(FLAGS.seed + 1), config.decoder.hidden_size, generator.NUM_CLASSES
@@ -390,7 +425,8 @@ def main(argv: list[str]) -> None:
     else:
         trained_parts(directory, params, heads)
     save_checkpoint(directory, train_joint(directory, params, heads))
-    measured = [directory / f"{stage}.csv" for stage in ("vision", "text", "speech", "joint")]
+    write_record(directory)
+    measured = [directory / f"{stage}.csv" for stage in STAGES]
     training_curve([path for path in measured if path.exists()], directory / "curve.png")
 
 

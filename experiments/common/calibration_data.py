@@ -67,11 +67,11 @@ def screen_batches(
     source = digits.mnist_folder(digits_dir, "train") if digits_dir else None
     drawer = generator.ScreenGenerator(source or digits.sklearn_digits("train"))
     rng = generator.random_stream("calibration", seed)
-    drawn = ScreenBatches(config, tokenizer, [drawer], utterances, rng)
+    drawn = ScreenBatches(config, tokenizer, [drawer], utterances)
     blocks = (4, 4) if utterances else (8, 0)
     layout = drawn.layout(*blocks)
     return [
-        as_batch(drawn.draw(screens, *blocks, silent=index % 2 == 0), layout, config)
+        as_batch(drawn.draw(rng, screens, *blocks, silent=index % 2 == 0), layout, config)
         for index in range(count)
     ]
 

@@ -53,3 +53,23 @@ def hits(items: Sequence[Item], texts: Sequence[str]) -> list[float]:
     """Return 1.0 for each tap inside its box, 0.0 for others."""
     judged = [metrics.judge(i.question, text) for i, text in zip(items, texts, strict=True)]
     return [float(outcome.in_box) for outcome in judged if outcome.in_box is not None]
+
+
+def per_speaker(items: Sequence[Item], texts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Compute the tap-in-box rate of each speaker, and its mean with an interval over speakers.
+
+    Args:
+      items: spoken questions.
+      texts: answers to them.
+
+    Returns:
+      Rates with intervals over questions by speaker, and over speakers as "mean".
+    """
+    speakers = sorted({item.speaker for item in items if item.speaker is not None})
+    rates = {}
+    for speaker in speakers:
+        asked = [(i, t) for i, t in zip(items, texts, strict=True) if i.speaker == speaker]
+        right = hits([item for item, _ in asked], [text for _, text in asked])
+        rates[speaker] = metrics.wilson(int(sum(right)), len(right))
+    mean = metrics.over_people([rate.value for rate in rates.values()])
+    return {name: vars(rate) for name, rate in {**rates, "mean": mean}.items()}

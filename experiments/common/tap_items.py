@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.nano.phone_screens import digits, generator, instructions, speech
+from experiments.nano.phone_screens import dialogues, digits, generator, instructions, speech
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import DataError
 from glm_edge.kernels.log_mel import log_mel
-from glm_edge.preprocess.tokens import prompt_ids
+from glm_edge.preprocess.tokens import encode, prompt_ids
 
 ABLATIONS = ("none", "blank_images", "shuffled_images", "blank_audio")
 BATCH = 32
@@ -23,11 +23,21 @@ BATCH = 32
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One question about one screen, with a recording if it is spoken."""
+    """One question about one screen.
+
+    Args:
+      image: the screen.
+      question: question and answer.
+      samples: recording of a spoken question.
+      speaker: who speaks.
+      turn: request of a dialogue; `question` is its question.
+    """
 
     image: np.ndarray
     question: instructions.Question
     samples: np.ndarray | None = None
+    speaker: str | None = None
+    turn: dialogues.Turn | None = None
 
 
 def draw_items(
@@ -36,6 +46,7 @@ def draw_items(
     digits_dir: str | None = None,
     utterances: Sequence[speech.Utterance] = (),
     split: str = "eval",
+    wording: str | None = None,
 ) -> list[Item]:
     """Draw one question for each of `count` screens.
 
@@ -45,14 +56,13 @@ def draw_items(
       digits_dir: folder of MNIST files for the keys; None uses scikit-learn's digits.
       utterances: recordings; if set, all questions are spoken.
       split: `eval` or `calibration`.
+      wording: one of `instructions.WORDINGS`; default: "exam" for `eval`, else "train".
 
     Returns:
       The items.
     """
-    part = "train" if split == "calibration" else "eval"
-    source = digits.mnist_folder(digits_dir, part) if digits_dir else digits.sklearn_digits(part)
-    rng = generator.random_stream(split, seed)
-    drawer = generator.ScreenGenerator(source)
+    wording = wording or ("exam" if split == "eval" else "train")
+    drawer, rng = _screens(digits_dir, split, seed)
     by_digit = [[u for u in utterances if u.digit == digit] for digit in range(10)]
     missing = [str(digit) for digit, clips in enumerate(by_digit) if utterances and not clips]
     if missing:
@@ -60,14 +70,50 @@ def draw_items(
     items = []
     for _ in range(count):
         screen = drawer.draw(rng, "keypad" if utterances else "mixed")
+        while wording == "names" and not instructions.nameable(screen):
+            screen = drawer.draw(rng, "mixed")
         mix = instructions.SPEECH_MIX if utterances else instructions.TEXT_MIX
-        question = instructions.questions(rng, screen, 1, mix)[0]
-        samples = None
+        question = instructions.questions(rng, screen, 1, mix, wording)[0]
         if utterances:
             clips = by_digit[question.spoken]
-            samples = clips[rng.integers(len(clips))].samples
-        items.append(Item(screen.image, question, samples))
+            clip = clips[rng.integers(len(clips))]
+            items.append(Item(screen.image, question, clip.samples, clip.speaker))
+        else:
+            items.append(Item(screen.image, question))
     return items
+
+
+def draw_dialogues(
+    count: int, seed: int, digits_dir: str | None = None, wording: str = "exam"
+) -> list[Item]:
+    """Draw one request of a dialogue for each of `count` unseen screens.
+
+    The earlier answers of a request are the right ones.
+
+    Args:
+      count: number of requests.
+      seed: seed of screens and tasks.
+      digits_dir: folder of MNIST files for the keys; None uses scikit-learn's digits.
+      wording: "exam" or "train".
+
+    Returns:
+      The items.
+    """
+    drawer, rng = _screens(digits_dir, "eval", seed)
+    items = []
+    for index in range(count):
+        screen = drawer.draw(rng, "keypad" if index % 2 else "mixed")
+        turn = dialogues.draw_turn(rng, screen, wording)
+        items.append(Item(screen.image, turn.question, turn=turn))
+    return items
+
+
+def _screens(
+    digits_dir: str | None, split: str, seed: int
+) -> tuple[generator.ScreenGenerator, np.random.Generator]:
+    part = "train" if split == "calibration" else "eval"
+    source = digits.mnist_folder(digits_dir, part) if digits_dir else digits.sklearn_digits(part)
+    return generator.ScreenGenerator(source), generator.random_stream(split, seed)
 
 
 def ablate(items: Sequence[Item], ablation: str) -> list[Item]:
@@ -99,9 +145,17 @@ def prompt(item: Item, config: GLMConfig, tokenizer: Tokenizer) -> dict[str, Any
     audio, audio_tokens = None, 0
     if item.samples is not None:
         audio, audio_tokens = mel_of([item.samples], config)[0], config.speech.num_tokens
-    text = item.question.instruction_text
-    ids = prompt_ids(tokenizer, text, config.vision.num_tokens, audio_tokens)
+    ids = _ids(item, config, tokenizer, audio_tokens)
     return {"tokens": np.array(ids, np.int32), "image": item.image, "audio": audio}
+
+
+def _ids(item: Item, config: GLMConfig, tokenizer: Tokenizer, audio_tokens: int) -> list[int]:
+    image_tokens = config.vision_tower.num_tokens
+    if item.turn is None:
+        text = item.question.instruction_text
+        return prompt_ids(tokenizer, text, image_tokens, audio_tokens)
+    *ids, assistant = prompt_ids(tokenizer, item.turn.task, image_tokens, audio_tokens)
+    return [*ids, *encode(tokenizer, dialogues.continuation(item.turn)), assistant]
 
 
 def prompt_batches(
@@ -115,13 +169,7 @@ def prompt_batches(
     """
     audio_tokens = config.speech.num_tokens if config.speech is not None else 0
     prompts = [
-        prompt_ids(
-            tokenizer,
-            item.question.instruction_text,
-            config.vision.num_tokens,
-            0 if item.samples is None else audio_tokens,
-        )
-        for item in items
+        _ids(item, config, tokenizer, 0 if item.samples is None else audio_tokens) for item in items
     ]
     # Room for a recording, and silence where there is none: one compiled program serves both kinds.
     longest = max(config.vision.num_tokens + audio_tokens + 8, *map(len, prompts))

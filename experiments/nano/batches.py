@@ -1,25 +1,29 @@
 """Training batches for nano: rows with many questions about one screen, text, and speech.
 
-A screen's row is `<|user|> image`, then blocks of one question and its answer each. A block attends
-to the image and itself, but not to other blocks, so that one encoded screen serves many questions.
+A screen's row is `<|user|> image`, then blocks of one question and its answer each. A question of a
+dialogue contains the task and the earlier answers. A block attends to the image and itself, but not
+to other blocks, so that one encoded screen serves many questions.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.nano.phone_screens import actions, instructions
+from experiments.nano.phone_screens import actions, dialogues, instructions
 from experiments.nano.phone_screens.generator import Screen, ScreenGenerator, dense_labels
 from experiments.nano.phone_screens.speech import Utterance, augment
 from glm_edge.configs import GLMConfig
 
-TEXT_BLOCK = 18
+TEXT_BLOCK = 28
 SPEECH_BLOCK = 30
+DIALOGUE_BLOCK = 76
 ANSWER_LENGTH = 10
 NO_TARGET = -1
+# Marks the first token of a word in the vocabulary of a byte-level BPE.
+WORD_START = "\u0120"
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class ScreenBatches:
       tokenizer: tokenizer of the model.
       generators: screen generators, drawn with equal probability.
       utterances: recordings of spoken questions by digit; empty for written questions only.
-      rng: random generator.
+      noise: probability that a written instruction to tap contains random words.
     """
 
     def __init__(
@@ -78,9 +82,9 @@ class ScreenBatches:
         tokenizer: Tokenizer,
         generators: Sequence[ScreenGenerator],
         utterances: Sequence[Utterance],
-        rng: np.random.Generator,
+        noise: float = 0.0,
     ):
-        self.config, self.tokenizer, self.rng = config, tokenizer, rng
+        self.config, self.tokenizer, self.noise = config, tokenizer, noise
         self.generators = generators
         self.by_digit = [[u for u in utterances if u.digit == digit] for digit in range(10)]
         token = tokenizer.token_to_id
@@ -99,20 +103,35 @@ class ScreenBatches:
         self.assistant, self.end = token("<|assistant|>"), config.eos_token_ids[0]
         self.num_samples = config.speech.num_frames * config.speech.hop_length
 
-    def layout(self, text_blocks: int, speech_blocks: int) -> Layout:
-        """Return the layout of rows with spoken questions first, then written ones."""
-        return Layout(self.prefix, (SPEECH_BLOCK,) * speech_blocks + (TEXT_BLOCK,) * text_blocks)
+        # Tokens that begin a word, to insert and to insert before.
+        self.first_tokens = np.array(
+            [i for text, i in tokenizer.get_vocab().items() if text.startswith(WORD_START)]
+        )
+
+    def layout(self, text_blocks: int, speech_blocks: int, dialogue_blocks: int = 0) -> Layout:
+        """Return the layout of rows with spoken questions, written ones, and dialogues."""
+        blocks = [SPEECH_BLOCK] * speech_blocks + [TEXT_BLOCK] * text_blocks
+        return Layout(self.prefix, (*blocks, *[DIALOGUE_BLOCK] * dialogue_blocks))
 
     def draw(
-        self, screens: int, text_blocks: int, speech_blocks: int, silent: bool = False
+        self,
+        rng: np.random.Generator,
+        screens: int,
+        text_blocks: int,
+        speech_blocks: int,
+        dialogue_blocks: int = 0,
+        silent: bool = False,
     ) -> dict[str, np.ndarray]:
         """Draw one batch.
 
         Args:
+          rng: random generator.
           screens: number of rows `B`.
           text_blocks: number of written questions per row.
           speech_blocks: number of spoken questions per row; with spoken questions, screens are
             keypads.
+          dialogue_blocks: number of requests per row of dialogues of several steps; half of the
+            screens with dialogues are keypads.
           silent: whether to keep the shapes but write all questions, about screens of any kind.
 
         Returns:
@@ -121,27 +140,34 @@ class ScreenBatches:
           [B, Q, A] whose next token is a label, their `labels` and `weights`, the `assistant` slot,
           and the `target` cell (-1 without a tap) with its `box` in pixels.
         """
-        layout = self.layout(text_blocks, speech_blocks)
-        spoken = 0 if silent else speech_blocks
-        rows = [self._row(layout, speech_blocks, spoken) for _ in range(screens)]
+        layout = self.layout(text_blocks, speech_blocks, dialogue_blocks)
+        counts = (0 if silent else speech_blocks, dialogue_blocks)
+        rows = [self._row(rng, layout, speech_blocks, *counts) for _ in range(screens)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def draw_cells(self, screens: int) -> dict[str, np.ndarray]:
+    def draw_cells(self, rng: np.random.Generator, screens: int) -> dict[str, np.ndarray]:
         """Draw only images and labels of their cells; half of the images are keypads."""
         rows = []
         for index in range(screens):
-            screen = self._screen("keypad" if index % 2 else "mixed")
+            screen = self._screen(rng, "keypad" if index % 2 else "mixed")
             names = ("cell_class", "cell_offset", "cell_centre")
             rows.append(dict(zip(names, dense_labels(screen), strict=True), images=screen.image))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _screen(self, kind: str) -> Screen:
-        generator = self.generators[self.rng.integers(len(self.generators))]
-        return generator.draw(self.rng, kind)
+    def _screen(self, rng: np.random.Generator, kind: str) -> Screen:
+        return self.generators[rng.integers(len(self.generators))].draw(rng, kind)
 
-    def _row(self, layout: Layout, speech_blocks: int, num_spoken: int) -> dict[str, np.ndarray]:
-        rng, count = self.rng, len(layout.block_lengths)
-        screen = self._screen("keypad" if num_spoken else "mixed")
+    def _row(
+        self,
+        rng: np.random.Generator,
+        layout: Layout,
+        speech_blocks: int,
+        num_spoken: int,
+        num_dialogues: int,
+    ) -> dict[str, np.ndarray]:
+        count = len(layout.block_lengths)
+        keypad = num_spoken or (num_dialogues and rng.random() < 0.5)
+        screen = self._screen(rng, "keypad" if keypad else "mixed")
         cell_class, cell_offset, cell_centre = dense_labels(screen)
         row = {
             "images": screen.image.astype(np.float32),
@@ -162,29 +188,67 @@ class ScreenBatches:
         spoken = []
         if num_spoken:
             spoken = instructions.questions(rng, screen, num_spoken, instructions.SPEECH_MIX)
-        written = instructions.questions(rng, screen, count - num_spoken)
-        for index, question in enumerate([*spoken, *written]):
-            if index < num_spoken:
-                choices = self.by_digit[question.spoken]
-                utterance = choices[rng.integers(len(choices))]
-                row["digits"][index] = question.spoken
-                row["samples"][index] = fit(augment(rng, utterance.samples), self.num_samples)
-                prompt = self.audio_prompt
-            else:
-                prompt = self.tokenizer.encode(question.instruction_text).ids
-            answer = self.tokenizer.encode(actions.format_action(question.answer_action)).ids
-            self._write_row(row, index, layout, prompt, [*answer, self.end])
-            if question.target is not None:
-                row["target"][index] = self._cell(question.target.box)
-                row["box"][index] = question.target.box
+        num_written = count - num_spoken - num_dialogues
+        written = instructions.questions(rng, screen, num_written) if num_written else []
+        for index, question in enumerate(spoken):
+            choices = self.by_digit[question.spoken]
+            utterance = choices[rng.integers(len(choices))]
+            row["digits"][index] = question.spoken
+            row["samples"][index] = fit(augment(rng, utterance.samples), self.num_samples)
+            self._write_row(row, index, layout, self.audio_prompt, question)
+        for index, question in enumerate(written, num_spoken):
+            prompt = self._noisy(
+                rng, self.tokenizer.encode(question.instruction_text).ids, question
+            )
+            self._write_row(row, index, layout, prompt, question)
+        for index in range(count - num_dialogues, count):
+            prompt, question = self._dialogue(rng, screen)
+            self._write_row(row, index, layout, prompt, question)
         return row
 
+    def _dialogue(
+        self, rng: np.random.Generator, screen: Screen
+    ) -> tuple[list[int], instructions.Question]:
+        """Draw a request that fits a block."""
+        while True:
+            turn = dialogues.draw_turn(rng, screen)
+            prompt = self.tokenizer.encode(dialogues.prompt_text(turn)).ids
+            if len(prompt) + 1 + ANSWER_LENGTH <= DIALOGUE_BLOCK:
+                return prompt, turn.question
+
+    def _noisy(
+        self, rng: np.random.Generator, prompt: list[int], question: instructions.Question
+    ) -> list[int]:
+        """Insert one or two random tokens between words, if the instruction asks for a tap.
+
+        The name of the target then has to decide, whatever the other words are.
+        """
+        if question.target is None or rng.random() >= self.noise:
+            return prompt
+        noisy = list(prompt)
+        for _ in range(int(rng.integers(1, 3))):
+            starts = [i for i, token in enumerate(noisy) if i and token in self._starts]
+            at = starts[rng.integers(len(starts))] if starts else 0
+            noisy.insert(at, int(self.first_tokens[rng.integers(len(self.first_tokens))]))
+        return noisy
+
+    @functools.cached_property
+    def _starts(self) -> frozenset[int]:
+        return frozenset(self.first_tokens.tolist())
+
     def _write_row(
-        self, row, index: int, layout: Layout, prompt: list[int], answer: list[int]
+        self,
+        row: dict[str, np.ndarray],
+        index: int,
+        layout: Layout,
+        prompt: Sequence[int],
+        question: instructions.Question,
     ) -> None:
+        answer = self.tokenizer.encode(actions.format_action(question.answer_action)).ids
+        answer = [*answer, self.end][:ANSWER_LENGTH]
         room = layout.block_lengths[index] - 1
-        answer = answer[:ANSWER_LENGTH]
-        prompt = list(prompt)[: room - len(answer)]
+        # The end of an instruction names its target.
+        prompt = list(prompt)[max(0, len(prompt) - room + len(answer)) :]
         start = layout.starts[index]
         block = [*prompt, self.assistant, *answer]
         row["tokens"][start : start + len(block)] = block
@@ -193,6 +257,9 @@ class ScreenBatches:
         row["slots"][index, : len(answer)] = slot + np.arange(len(answer))
         row["labels"][index, : len(answer)] = answer
         row["weights"][index, : len(answer)] = 1.0
+        if question.target is not None:
+            row["target"][index] = self._cell(question.target.box)
+            row["box"][index] = question.target.box
 
     def _cell(self, box: tuple[float, float, float, float]) -> int:
         vision = self.config.vision
@@ -209,40 +276,49 @@ def fit(samples: np.ndarray, length: int) -> np.ndarray:
     return np.pad(cropped, (0, length - len(cropped)))
 
 
-def speech_batches(
-    groups: Sequence[Sequence[Utterance]],
+def speech_batch(
+    rng: np.random.Generator,
+    groups: Sequence[Sequence[Sequence[Utterance]]],
     shares: Sequence[float],
     size: int,
     length: int,
-    seed: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield augmented `(samples [B, L], digits [B])` endlessly.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw augmented recordings.
 
     Args:
-      groups: lists of recordings of one kind each; within a kind, speakers are equally frequent.
+      rng: random generator.
+      groups: recordings of one kind each, as lists per speaker from `by_speaker`; within a kind,
+        speakers are equally frequent.
       shares: frequencies of the kinds, with sum 1.
       size: batch size `B`.
       length: number of samples `L` per row.
-      seed: seed of the random values.
+
+    Returns:
+      `(samples [B, L], digits [B])`.
     """
-    rng = np.random.default_rng(seed)
-    speakers = []
-    for group in groups:
-        names = sorted({utterance.speaker for utterance in group})
-        speakers.append([[u for u in group if u.speaker == name] for name in names])
-    while True:
-        drawn = []
-        for _ in range(size):
-            group = speakers[rng.choice(len(groups), p=shares)]
-            clips = group[rng.integers(len(group))]
-            drawn.append(clips[rng.integers(len(clips))])
-        samples = np.stack([fit(augment(rng, u.samples), length) for u in drawn])
-        yield samples.astype(np.float32), np.array([u.digit for u in drawn], np.int32)
+    drawn = []
+    for _ in range(size):
+        speakers = groups[rng.choice(len(groups), p=shares)]
+        clips = speakers[rng.integers(len(speakers))]
+        drawn.append(clips[rng.integers(len(clips))])
+    samples = np.stack([fit(augment(rng, u.samples), length) for u in drawn])
+    return samples.astype(np.float32), np.array([u.digit for u in drawn], np.int32)
 
 
-def text_batches(tokens: np.ndarray, size: int, length: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield windows [B, length + 1] of a token stream endlessly, at random offsets."""
-    rng = np.random.default_rng(seed)
-    while True:
-        starts = rng.integers(0, len(tokens) - length - 1, size)
-        yield np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int32)
+def by_speaker(utterances: Sequence[Utterance]) -> list[list[Utterance]]:
+    """Sort recordings into one list per speaker, in the order of the names."""
+    names = sorted({utterance.speaker for utterance in utterances})
+    return [[u for u in utterances if u.speaker == name] for name in names]
+
+
+def text_batch(rng: np.random.Generator, tokens: np.ndarray, size: int, length: int) -> np.ndarray:
+    """Draw windows [B, length + 1] of a token stream at random offsets.
+
+    Args:
+      rng: random generator.
+      tokens: token ids.
+      size: batch size `B`.
+      length: number of predicted tokens per window.
+    """
+    starts = rng.integers(0, len(tokens) - length, size)
+    return np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int32)

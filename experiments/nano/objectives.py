@@ -8,6 +8,7 @@ import optax
 from jax import Array
 
 from experiments.nano.batches import Layout
+from glm_edge.configs import SpeechConfig
 from glm_edge.kernels.log_mel import log_mel
 from glm_edge.kernels.norm import rms_norm
 from glm_edge.models.multimodal import MultimodalGLM, place_features
@@ -69,18 +70,41 @@ def vision_features(module: MultimodalGLM, images: Array) -> tuple[Array, Array]
     return features, features - cells
 
 
-def speech_features(module: MultimodalGLM, samples: Array, rng: Array | None) -> Array:
-    """Encode speech to [..., num_tokens, D]; `rng` masks bands of time and frequency."""
-    speech = module.config.speech
-    flat = samples.reshape(-1, samples.shape[-1])
-    mel = log_mel(flat, speech.mel_bins, speech.fft_size, speech.hop_length, speech.sample_rate)
-    if rng is not None:
-        mel = _hide_bands(mel, rng)
-    features = module.encode_audio(mel)
+def speech_features(module: MultimodalGLM, samples: Array) -> Array:
+    """Encode recordings [..., L] to features [..., num_tokens, D]."""
+    features = module.encode_audio(speech_mel(module.config.speech, samples))
     return features.reshape(*samples.shape[:-1], *features.shape[1:])
 
 
-def _hide_bands(mel: Array, rng: Array) -> Array:
+def speech_mel(speech: SpeechConfig, samples: Array) -> Array:
+    """Compute log-mel frames [N, frames, bins] of recordings [..., L]."""
+    flat = samples.reshape(-1, samples.shape[-1])
+    return log_mel(flat, speech.mel_bins, speech.fft_size, speech.hop_length, speech.sample_rate)
+
+
+def dropout_gates(speech: SpeechConfig, rows: int, rng: Array, rate: float) -> dict[str, Any]:
+    """Draw gates of the encoder's neurons and heads that drop some of them (dropout).
+
+    Args:
+      speech: configuration of the encoder.
+      rows: number of recordings; each has gates of its own.
+      rng: random key.
+      rate: probability of a zero; the others are scaled up.
+
+    Returns:
+      Value of the collection `gates` of a model with the encoder.
+    """
+    layers = {}
+    for layer in range(speech.num_layers):
+        keys = jax.random.split(jax.random.fold_in(rng, layer))
+        layers[str(layer)] = {
+            "neurons": drop(jnp.ones((rows, 1, speech.neurons(layer))), keys[0], rate),
+            "attention": {"heads": drop(jnp.ones((rows, speech.heads(layer), 1)), keys[1], rate)},
+        }
+    return {"speech": {"layers": layers}}
+
+
+def hide_bands(mel: Array, rng: Array) -> Array:
     """Replace a random band of frames and one of bins by the row's mean (SpecAugment)."""
     batch, frames, bins = mel.shape
     keys = jax.random.split(rng, 4)
@@ -141,7 +165,7 @@ def soft_labels(labels: Array, vocab_size: int, first_x: int) -> Array:
 
 
 def screen_logits(
-    module: MultimodalGLM, batch: dict[str, Array], layout: Layout, rng: Array | None
+    module: MultimodalGLM, batch: dict[str, Array], layout: Layout
 ) -> tuple[Array, dict[str, Array]]:
     """Compute logits at labelled slots [B, Q, A, V], and the inputs of auxiliary losses."""
     x = module.embed(batch["tokens"])
@@ -149,7 +173,7 @@ def screen_logits(
     x = place_features(x, batch["tokens"] == module.config.image_token_id, features)
     encoded = {"cells": unplaced}
     if batch["samples"].shape[1]:
-        speech = speech_features(module, batch["samples"], rng)
+        speech = speech_features(module, batch["samples"])
         encoded["speech"] = speech
         placeholder = batch["tokens"] == module.config.audio_token_id
         x = place_features(x, placeholder, speech.reshape(x.shape[0], -1, x.shape[-1]))
@@ -168,15 +192,30 @@ def screen_loss(
     batch: dict[str, Array],
     layout: Layout,
     first_x: int,
-    rng: Array,
+    rng: Array | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Array, dict[str, Array]]:
     """Sum the losses of answers, attention to the target and cells.
+
+    Args:
+      module: model.
+      variables: its variables.
+      heads: read-out heads of `init_heads`.
+      batch: batch from `ScreenBatches.draw`.
+      layout: layout of its rows.
+      first_x: id of the first x token.
+      rng: random key of the dropout.
+      dropout: probability of dropping a neuron or a head of the speech encoder.
 
     Returns:
       `(loss, parts)`; `parts` contains each term.
     """
+    if rng is not None and batch["samples"].shape[1]:
+        rows = batch["samples"].shape[0] * batch["samples"].shape[1]
+        gates = dropout_gates(module.config.speech_encoder, rows, rng, dropout)
+        variables = {**variables, "gates": gates}
     (logits, encoded), sown = module.apply(
-        variables, batch, layout, rng, method=screen_logits, mutable=["attention"]
+        variables, batch, layout, method=screen_logits, mutable=["attention"]
     )
     target = soft_labels(batch["labels"], logits.shape[-1], first_x)
     answer = -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)

@@ -1,5 +1,6 @@
 """Our own checkpoints, safetensors and Orbax: exact round trips, damage, writes that fail."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -19,6 +20,7 @@ import glm_edge as ge
 from glm_edge import params as boxes
 from glm_edge.checkpoint import load_tokenizer, native, safetensors
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
+from glm_edge.models.multimodal import MultimodalGLM
 
 STORES = ("safetensors", "orbax")
 QUERY = "decoder/layers/0/attention/q_proj/weight"
@@ -433,3 +435,37 @@ def test_damaged_orbax_arrays(saved_orbax):
     refused(saved_orbax, CheckpointError, "Orbax cannot restore it")
     shutil.rmtree(saved_orbax / "arrays")
     refused(saved_orbax, CheckpointError, "Orbax directory is missing")
+
+
+def leaves(fields, prefix=""):
+    """Return the dotted names of all fields of a dataclass or of nested dictionaries."""
+    if dataclasses.is_dataclass(fields):
+        fields = {field.name: getattr(fields, field.name) for field in dataclasses.fields(fields)}
+    if not isinstance(fields, dict):
+        return {prefix}
+    return {name for key, value in fields.items() for name in leaves(value, f"{prefix}.{key}")}
+
+
+@pytest.mark.parametrize("name", sorted(ge.configs.PRESETS))
+def test_config_json_names_every_field(name, tmp_path):
+    config = ge.configs.preset(name)
+    fields = json.loads(json.dumps(native.describe(MultimodalGLM(config), {})))
+    assert leaves(fields["config"]) == leaves(config)
+    assert isinstance(fields["config"]["decoder"]["rotary_interleaved"], bool)
+    assert native.build(fields, tmp_path).config == config
+
+
+def test_the_shipped_config_json_names_every_field():
+    fields = json.loads((ge.shipped("nano") / "config.json").read_text())
+    assert leaves(fields["config"]) == leaves(ge.build(ge.shipped("nano")).config)
+
+
+def test_fields_that_an_older_config_json_lacks_have_their_defaults(tmp_path):
+    config = ge.configs.preset("nano")
+    fields = native.describe(MultimodalGLM(config), {})
+    for part in ("decoder", "vision", "speech"):
+        for field in dataclasses.fields(getattr(config, part)):
+            if fields["config"][part][field.name] == field.default:
+                del fields["config"][part][field.name]
+    assert "rotary_interleaved" not in fields["config"]["decoder"]
+    assert native.build(fields, tmp_path).config == config

@@ -26,12 +26,14 @@ DATA = {
     "experiments.common.tap_items",
     "experiments.nano.batches",
     "experiments.nano.phone_screens.actions",
+    "experiments.nano.phone_screens.dialogues",
     "experiments.nano.phone_screens.digits",
     "experiments.nano.phone_screens.generator",
     "experiments.nano.phone_screens.glyphs",
     "experiments.nano.phone_screens.instructions",
     "experiments.nano.phone_screens.painting",
     "experiments.nano.phone_screens.speech",
+    "experiments.nano.phone_screens.wordings",
 }
 
 

@@ -73,8 +73,11 @@ def test_earlier_answers_end_with_the_end_of_text(nano):
         {"role": "user", "content": "c"},
     ]
     assert nano.render(messages) == "<|user|>a<|assistant|>b<|endoftext|><|user|>c<|assistant|>"
-    with pytest.raises(DataError, match="role 'system' is unknown here"):
-        nano.render([{"role": "system", "content": "a"}])
+    # Nano knows no system prompt; a phone agent's is twice as long as its context.
+    system = {"role": "system", "content": "d"}
+    assert nano.render([system, *messages]) == nano.render(messages)
+    with pytest.raises(DataError, match="role 'tool' is unknown here"):
+        nano.render([{"role": "tool", "content": "a"}])
     with pytest.raises(DataError, match="tools and documents are unknown here"):
         nano.render(messages, tools=[{"type": "function"}])
     for changes in ({"name": "Ada"}, {"content": [{"type": "video"}]}):

@@ -126,6 +126,33 @@ def wilson(successes: int, count: int, level: float = 0.95) -> Rate:
     return Rate(share, min(share, float(ends.low)), max(share, float(ends.high)), count)
 
 
+def over_people(rates: Sequence[float], level: float = 0.95) -> Rate:
+    """Compute Student's t interval of a mean over people.
+
+    Questions of one person are not independent, so the number of people decides the width.
+
+    Args:
+      rates: one rate per person.
+      level: confidence level, such as 0.95.
+
+    Returns:
+      The mean and its interval within 0..1; from 0 to 1 for a single person.
+
+    Raises:
+      DataError: there is no person.
+
+    References:
+      Student, The probable error of a mean, 1908
+    """
+    if not len(rates):
+        raise DataError("a mean over people needs at least one person")
+    mean, count = float(np.mean(rates)), len(rates)
+    if count == 1:
+        return Rate(mean, 0.0, 1.0, 1)
+    reach = stats.t.ppf((1 + level) / 2, count - 1) * np.std(rates, ddof=1) / np.sqrt(count)
+    return Rate(mean, max(0.0, mean - float(reach)), min(1.0, mean + float(reach)), count)
+
+
 def bootstrap(
     values: Sequence[float],
     groups: Sequence[int] | None = None,

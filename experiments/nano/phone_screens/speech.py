@@ -6,10 +6,13 @@ Samples are mono float32 in -1..1 at 8 kHz; `N` is the number of samples.
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Collection, Sequence
@@ -18,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from glm_edge.errors import DataError, require
+from glm_edge.preprocess import riff
 
 SAMPLE_RATE = 8000
 LONGEST_SECONDS = 1.6
@@ -34,6 +38,8 @@ VOICES = {
     "calibration": ("en-us+m2", "en+belinda"),
     "eval": ("en-us+Andrea", "en+m4", "en-us+steph", "en-us-nyc+john"),
 }  # fmt: skip
+# Voices of flite, another synthesizer: trained ones only, so that every split has its own larynxes.
+FLITE_VOICES = ("kal16", "awb", "rms", "slt")
 _PARAMETER_RATE, _PARAMETER_PITCH = 1, 3
 _AUDIO_SYNCHRONOUS, _CHARACTERS_UTF8, _POSITION_CHARACTER = 2, 1, 1
 
@@ -237,6 +243,66 @@ def _synthesize(seed: int, voices: tuple[str, ...], repeats: int) -> tuple[Utter
         Utterance(_trim(resample(wave / np.float32(32768), rate)), digit, voice)
         for (voice, digit, _), wave in zip(phrases, waves, strict=True)
     )
+
+
+def synthesize_with_flite(
+    seed: int, voices: Sequence[str] = FLITE_VOICES, repeats: int = 4
+) -> list[Utterance]:
+    """Synthesise digits with flite, alone and as "press seven", at varied duration and pitch.
+
+    The last results are cached.
+
+    Args:
+      seed: seed of durations and pitches.
+      voices: names of flite's voices; each is a speaker.
+      repeats: number of repetitions of each phrase per voice.
+
+    Returns:
+      `20 * repeats` utterances per voice, with silence trimmed at both ends.
+
+    Raises:
+      DataError: the program is not installed, or does not have a voice.
+
+    References:
+      Black and Lenzo, Flite: a small fast run-time synthesis engine, 2001
+    """
+    return list(_synthesize_with_flite(seed, tuple(voices), repeats))
+
+
+@functools.lru_cache(maxsize=2)
+def _synthesize_with_flite(
+    seed: int, voices: tuple[str, ...], repeats: int
+) -> tuple[Utterance, ...]:
+    program = shutil.which("flite")
+    if program is None:
+        raise DataError("flite is not on PATH; install Debian's package flite")
+    # flite silently uses its first voice for an unknown name.
+    listed = _flite(program, "-lv").decode(errors="replace").partition(":")[2].split()
+    if absent := set(voices) - set(listed):
+        raise DataError(f"flite has no voice {min(absent)!r}; it has {', '.join(listed)}")
+    rng = np.random.default_rng(seed)
+    utterances = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "spoken.wav"
+        for voice, digit, phrase, _ in itertools.product(
+            voices, range(10), ("{}", "press {}"), range(repeats)
+        ):
+            stretch, pitch = rng.uniform(0.8, 1.3), rng.uniform(85, 210)
+            changes = (f"duration_stretch={stretch:.3f}", f"int_f0_target_mean={pitch:.1f}")
+            options = [part for change in changes for part in ("--setf", change)]
+            text = phrase.format(DIGIT_WORDS[digit])
+            _flite(program, "-voice", voice, *options, "-t", text, "-o", str(file))
+            wave = _trim(resample(*riff.read_wav(file)))
+            utterances.append(Utterance(wave, digit, f"flite {voice}"))
+    return tuple(utterances)
+
+
+def _flite(program: str, *arguments: str) -> bytes:
+    done = subprocess.run([program, *arguments], capture_output=True, check=False)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise DataError(f"flite failed: {lines[-1]}")
+    return done.stdout
 
 
 def _trim(samples: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from experiments.nano.phone_screens import metrics
 from experiments.nano.phone_screens.actions import Action, format_action, tap_at
@@ -92,3 +93,15 @@ def test_unequal_or_empty_results_are_refused():
         metrics.bootstrap([])
     with pytest.raises(DataError, match="no interval"):
         metrics.bootstrap([1, 0], [1])
+
+
+def test_the_interval_over_people_is_students():
+    rates = [0.7, 0.8, 0.9, 0.8]
+    rate = metrics.over_people(rates)
+    low, high = stats.t.interval(0.95, 3, np.mean(rates), stats.sem(rates))
+    assert (rate.value, rate.low, rate.high) == pytest.approx((0.8, low, high))
+    assert rate.count == 4
+    assert metrics.over_people([0.9]) == metrics.Rate(0.9, 0.0, 1.0, 1)
+    assert metrics.over_people([1.0, 0.98]).high == 1.0
+    with pytest.raises(DataError, match="at least one person"):
+        metrics.over_people([])

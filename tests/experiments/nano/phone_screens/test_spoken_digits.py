@@ -1,5 +1,7 @@
 """Recordings are read or refused, speakers never lie on two sides, synthesis repeats itself."""
 
+import os
+import shutil
 import sys
 import time
 
@@ -136,6 +138,43 @@ def test_augmentation_leaves_its_input_alone():
     lengths = {len(speech.augment(np.random.default_rng(i), samples)) for i in range(20)}
     np.testing.assert_array_equal(samples, before)
     assert len(lengths) > 15
+
+
+def test_flite_is_named_where_it_is_absent(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    speech._synthesize_with_flite.cache_clear()
+    with pytest.raises(DataError, match="install Debian's package flite"):
+        speech.synthesize_with_flite(0)
+
+
+@pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed")
+def test_flite_says_every_digit_and_repeats_itself():
+    voices = ("kal16", "slt")
+    first = speech.synthesize_with_flite(3, voices, repeats=1)
+    assert {(u.speaker, u.digit) for u in first} == {
+        (f"flite {voice}", digit) for voice in voices for digit in range(10)
+    }
+    assert len(first) == 40
+    for utterance in first:
+        assert utterance.samples.dtype == np.float32
+        assert 0.1 < len(utterance.samples) / 8000 < 1.6
+        assert 0.05 < np.abs(utterance.samples).max() <= 1
+    speech._synthesize_with_flite.cache_clear()
+    again = speech.synthesize_with_flite(3, voices, repeats=1)
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a.samples, b.samples)
+    with pytest.raises(DataError, match="flite has no voice 'nobody'; it has kal"):
+        speech.synthesize_with_flite(0, ("nobody",))
+
+
+def test_a_program_that_fails_is_reported(monkeypatch, tmp_path):
+    program = tmp_path / "flite"
+    program.write_text("#!/bin/sh\necho no audio >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    speech._synthesize_with_flite.cache_clear()
+    with pytest.raises(DataError, match="flite failed: no audio"):
+        speech.synthesize_with_flite(0)
 
 
 def test_synthesis_needs_its_extra(monkeypatch):

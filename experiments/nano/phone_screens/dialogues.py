@@ -1,0 +1,173 @@
+"""Tasks of several steps: a written task, the answers so far, and the next action.
+
+A phone agent asks for one action per screen. Its request contains the task, the earlier answers,
+and the present screen. A task either dials digits on one keypad, or joins instructions about
+different screens. After the last step the answer is `finish(message="done")`.
+
+The prompt of `prompt_text` is what nano's chat template makes of such a request: the present image
+first, then the task, then the earlier answers.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from experiments.nano.phone_screens import instructions
+from experiments.nano.phone_screens.actions import Action, format_action, tap_at
+from experiments.nano.phone_screens.generator import (
+    HEIGHT,
+    MIN_KEYS_FOR_SPEECH,
+    NAMES,
+    WIDTH,
+    Element,
+    Screen,
+)
+from experiments.nano.phone_screens.speech import DIGIT_WORDS
+from glm_edge.preprocess.tokens import ASSISTANT, USER
+
+Option = TypeVar("Option")
+
+SHORTEST, LONGEST = 2, 4
+STOP = "<|endoftext|>"
+# Forms of a task, with their frequencies.
+FORMS = {"dial": 0.35, "sequence": 0.5, "turn": 0.15}
+STEPS = {"tap": 0.7, "type": 0.08, "swipe": 0.1, "back": 0.12}
+DIAL = {
+    "train": (
+        "dial {}", "enter {}", "press {}", "dial the number {}", "enter the code {}", "tap {}",
+        "press the digits {}", "type in the code {}", "the code is {}", "please dial {}",
+        "key in {}", "the number is {}, dial it", "use the code {}", "i want to dial {}",
+    ),
+    "exam": (
+        "please enter the number {}", "could you dial {}", "punch in {}", "my code is {}",
+        "hit {}", "press these keys: {}",
+    ),
+}  # fmt: skip
+JOINS = {
+    "train": (" and then ", ", then ", " then ", ". then ", ", after that ", " and ", ", ", "; "),
+    "exam": (", and next ", ", afterwards ", ". next ", ", and after that ", " and afterwards "),
+}
+DIGIT_JOINS = {"train": (" ", ", ", " then ", " and "), "exam": (" ", ", then ", " and then ")}
+FINISHED = Action("finish", message="done")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One request of a dialogue and its answer.
+
+    Args:
+      task: written task.
+      history: earlier answers.
+      question: what to answer now; its `instruction_text` is empty, or a new instruction of the
+        user, which replaces the task.
+    """
+
+    task: str
+    history: tuple[Action, ...]
+    question: instructions.Question
+
+
+def prompt_text(turn: Turn) -> str:
+    """Write the part of a prompt between the image and the final `<|assistant|>`."""
+    return turn.task + continuation(turn)
+
+
+def continuation(turn: Turn) -> str:
+    """Write the part of a prompt between the task and the final `<|assistant|>`."""
+    text = "".join(f"{ASSISTANT}{format_action(action)}{STOP}" for action in turn.history)
+    if turn.question.instruction_text:
+        text += f"{USER}{turn.question.instruction_text}"
+    return text
+
+
+def draw_turn(rng: np.random.Generator, screen: Screen, wording: str = "train") -> Turn:
+    """Draw one request of a random dialogue whose present screen is `screen`.
+
+    Args:
+      rng: random generator.
+      screen: present screen.
+      wording: "train" or "exam", see `wordings`.
+
+    Returns:
+      The request; every step of a task, and its end, is equally frequent.
+    """
+    keys = [e for e in screen.elements if e.type == "key"]
+    forms = {f: p for f, p in FORMS.items() if f != "dial" or len(keys) >= MIN_KEYS_FOR_SPEECH}
+    shares = np.array(list(forms.values())) / sum(forms.values())
+    form = list(forms)[int(rng.choice(len(forms), p=shares))]
+    if form == "dial":
+        return _dial(rng, keys, wording)
+    if form == "turn":
+        return _new_instruction(rng, screen, wording)
+    return _sequence(rng, screen, wording)
+
+
+def _dial(rng: np.random.Generator, keys: list[Element], wording: str) -> Turn:
+    number = [keys[int(i)] for i in rng.integers(len(keys), size=_length(rng))]
+    words = rng.random() < 0.3
+    digits = [DIGIT_WORDS[int(key.name)] if words else key.name for key in number]
+    task = _pick(rng, DIAL[wording]).format(_pick(rng, DIGIT_JOINS[wording]).join(digits))
+    step = int(rng.integers(len(number) + 1))
+    history = tuple(_tap_of(key) for key in number[:step])
+    return Turn(task, history, _answer(number[step] if step < len(number) else None))
+
+
+def _sequence(rng: np.random.Generator, screen: Screen, wording: str) -> Turn:
+    count = _length(rng)
+    step = int(rng.integers(count + 1))
+    kinds = [str(kind) for kind in rng.choice(list(STEPS), count, p=list(STEPS.values()))]
+    if kinds[0] == "back":
+        kinds[0] = "tap"
+    texts, answers = [], []
+    for index, kind in enumerate(kinds):
+        # Other steps have other screens, of which the request has only the answers.
+        element = _pick(rng, instructions.targets(screen)) if index == step else _elsewhere(rng)
+        if kind == "tap":
+            texts.append(instructions.describe(rng, element, wording, plain=True))
+            answers.append(_answer(element))
+        else:
+            question = instructions.untargeted(rng, kind, wording, plain=True)
+            texts.append(question.instruction_text)
+            answers.append(dataclasses.replace(question, instruction_text=""))
+    task = texts[0]
+    join = _pick(rng, JOINS[wording])
+    for text in texts[1:]:
+        task += (join if rng.random() < 0.7 else _pick(rng, JOINS[wording])) + text
+    history = tuple(answer.answer_action for answer in answers[:step])
+    return Turn(task, history, answers[step] if step < count else _answer(None))
+
+
+def _new_instruction(rng: np.random.Generator, screen: Screen, wording: str) -> Turn:
+    """Draw a conversation whose user gives a new instruction with each screen."""
+    earlier = _elsewhere(rng)
+    question = instructions.questions(rng, screen, 1, wording=wording)[0]
+    task = instructions.describe(rng, earlier, wording)
+    return Turn(task, (_tap_of(earlier),), question)
+
+
+def _length(rng: np.random.Generator) -> int:
+    return int(rng.integers(SHORTEST, LONGEST + 1))
+
+
+def _pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
+    return options[int(rng.integers(len(options)))]
+
+
+def _elsewhere(rng: np.random.Generator) -> Element:
+    """Draw an element of an unknown screen."""
+    kind = _pick(rng, tuple(NAMES))
+    x, y = rng.uniform(8, WIDTH - 8), rng.uniform(16, HEIGHT - 8)
+    return Element(kind, _pick(rng, NAMES[kind]), (x - 8, y - 8, x + 8, y + 8))
+
+
+def _tap_of(element: Element) -> Action:
+    return tap_at(*element.centre, WIDTH, HEIGHT)
+
+
+def _answer(target: Element | None) -> instructions.Question:
+    """Return the question that `target` answers; None is the end of the task."""
+    if target is None:
+        return instructions.Question("", None, FINISHED, None)
+    return instructions.Question("", None, _tap_of(target), target)
