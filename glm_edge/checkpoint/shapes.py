@@ -77,7 +77,7 @@ def check_depth(config: Any, num_tensors: int, where: str) -> None:
         )
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=128)
 def _traced_shapes(kind: Any, config: Any, out_features: int) -> Shapes:
     if kind is VisionEncoder:
         inputs = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
