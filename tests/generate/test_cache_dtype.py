@@ -39,9 +39,9 @@ def first_layer(nano):
     """The shipped model without its later layers, and rows of text."""
     model, params, tokens = nano
     decoder = dataclasses.replace(model.config.decoder, num_layers=1)
-    kept = params["decoder"] | {"layers": {"0": params["decoder"]["layers"]["0"]}}
+    decoder_params = params["decoder"] | {"layers": {"0": params["decoder"]["layers"]["0"]}}
     config = dataclasses.replace(model.config, decoder=decoder)
-    return model.clone(config=config), params | {"decoder": kept}, tokens
+    return model.clone(config=config), params | {"decoder": decoder_params}, tokens
 
 
 def cache_bytes(*arguments):

@@ -385,9 +385,7 @@ def test_a_text_model_with_its_own_head_has_no_encoders(own_head, own_logits):
 def test_signatures_that_look_at_few_slots_give_the_same(own_head, own_logits, tmp_path):
     text, written = own_head
     with pytest.raises(ExportError, match=r"attended_slots: \[8, 32\] must be 2 to 31"):
-        export.tflite(
-            text, written.params, tmp_path / "a.tflite", (4,), 32, attended_slots=(8, 32)
-        )
+        export.tflite(text, written.params, tmp_path / "a.tflite", (4,), 32, attended_slots=(8, 32))
     phone, used = export.LiteRTRunner(written.path), []
     run = phone.run
     phone.run = lambda name, **inputs: used.append(name) or run(name, **inputs)
