@@ -32,7 +32,7 @@ gc.set_threshold(100_000, 50, 100)
 
 # Each compiled program keeps pages mapped, and Linux lets a process map 65,530 of them.
 MAPPED = Path("/proc/self/maps")
-MAPPED_ENOUGH = 20_000
+MAPPED_ENOUGH = 40_000
 
 
 @pytest.fixture(scope="module", autouse=True)

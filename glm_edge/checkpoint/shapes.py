@@ -48,8 +48,12 @@ def expected_shapes(model: nn.Module) -> Shapes:
       ConfigError: the sizes of the configuration are inconsistent or too large.
     """
     architecture: Any = type(model)
+    config = model.config
     try:
-        return dict(_traced_shapes(architecture, model.config, getattr(model, "out_features", 0)))
+        # A name changes no shape, and a model has another one in every directory.
+        if isinstance(config, GLMConfig):
+            config = dataclasses.replace(config, name="")
+        return dict(_traced_shapes(architecture, config, getattr(model, "out_features", 0)))
     except GlmEdgeError:
         raise
     # Inconsistent or huge sizes raise exceptions of many types during tracing.
@@ -77,7 +81,7 @@ def check_depth(config: Any, num_tensors: int, where: str) -> None:
         )
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=128)
 def _traced_shapes(kind: Any, config: Any, out_features: int) -> Shapes:
     if kind is VisionEncoder:
         inputs = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)

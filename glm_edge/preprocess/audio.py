@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy import signal, special
 
 from glm_edge.configs import SpeechConfig
 from glm_edge.errors import DataError
@@ -84,6 +83,9 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
         # Phase p of the bank is every `up`-th tap of one filter, centred by leading zeros.
         bank = _filter_bank(np.arange(up) / up, cutoff, reach)
         taps = np.pad(bank[:, ::-1].T.ravel(), (up - 1, 0)) / np.float32(up)
+        # Its import takes longer than all of this package's, and few recordings are resampled.
+        from scipy import signal
+
         return signal.resample_poly(samples, up, down, window=taps)
     return _resample_by_phases(samples, count, (up, down), cutoff, reach)
 
@@ -114,6 +116,8 @@ def _resample_by_phases(
 
 def _filter_bank(phases: np.ndarray, cutoff: float, reach: int) -> np.ndarray:
     """Compute taps of unit gain per fraction of a sample, float32 [phases, 2 * reach + 1]."""
+    from scipy import special
+
     around = np.arange(-reach, reach + 1)
     bank = np.empty((phases.size, around.size), np.float32)
     step = max(1, BLOCK // around.size)

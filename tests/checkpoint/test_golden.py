@@ -20,8 +20,8 @@ COMMITTED = Path(__file__).parent / "golden"
 SHARED = Path(os.environ.get("GLM_EDGE_GOLDEN") or ROOT.parent / "shared" / "golden")
 
 
-# The logits of these members, towers included, are compared in test_round_trip.py, too.
-SECOND = ("glm4v", "glm_ocr", "glmasr")
+# The outputs of these members, towers included, are compared in test_round_trip.py, too.
+SECOND = ("glm4", "glm4v", "glm_ocr", "glmasr", "siglip", "whisper")
 
 
 def cases(folder: Path) -> list:
@@ -169,6 +169,11 @@ def test_check_golden_continues_after_a_failed_case(copied, run_main):
 def test_a_folder_that_is_no_case_is_refused(tmp_path):
     with pytest.raises(DataError, match="not a reference case"):
         check_golden.compare(tmp_path)
+
+
+# Exit statuses of scripts are tested in tests/experiments/test_help.py, too.
+@pytest.mark.slow
+def test_the_script_refuses_in_one_line(tmp_path):
     done = run_script(tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("check_golden: ") == 1

@@ -74,8 +74,13 @@ def mixed(path: str, leaf):
     if path.startswith("vision/layers/0"):
         return quantize(leaf, INT4)
     if path == "speech/linear_1/weight":
-        return boxes.mask(leaf, jax.device_put(np.abs(np.asarray(leaf)) > 0.05))
+        return boxes.mask(leaf, jnp.abs(leaf) > 0.05)
     return leaf if path == "speech/linear_2/weight" else quantize(leaf, INT8)
+
+
+def mapped(rule, params):
+    """Applies a rule to all parameters in one program."""
+    return jax.jit(functools.partial(boxes.map_with_path, rule))(params)
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +98,7 @@ def dense_params(model):
 @pytest.fixture(scope="session")
 def params(dense_params):
     """Its parameters in every form that a file can hold."""
-    return boxes.map_with_path(mixed, dense_params)
+    return mapped(mixed, dense_params)
 
 
 @pytest.fixture(scope="session")
@@ -189,7 +194,7 @@ def rounded():
         form = Format("int4", 32) if path.startswith("decoder") else INT8
         return quantize(leaf, form) if boxes.is_matrix(path, leaf) else leaf
 
-    return lambda params: boxes.map_with_path(box, params)
+    return functools.partial(mapped, box)
 
 
 @pytest.fixture(scope="session", name="small_config")
@@ -202,6 +207,12 @@ def small_config_fixture():
 def random_params_fixture():
     """The function `random_params`."""
     return random_params
+
+
+@pytest.fixture(scope="session", name="mapped")
+def mapped_fixture():
+    """The function `mapped`."""
+    return mapped
 
 
 @pytest.fixture(scope="session", name="quantize")

@@ -44,11 +44,11 @@ def model(small_config):
 
 
 @pytest.fixture(scope="module")
-def params(model, random_params, quantize):
+def params(model, random_params, quantize, mapped):
     def box(path, leaf):
         return quantize(leaf, Format("int8")) if boxes.is_matrix(path, leaf) else leaf
 
-    return boxes.map_with_path(box, random_params(model))
+    return mapped(box, random_params(model))
 
 
 @pytest.fixture(params=NEEDED)

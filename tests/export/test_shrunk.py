@@ -82,6 +82,8 @@ def test_a_file_of_a_shrunk_model_gives_its_logits(dense_file):
     assert result.free_running_agreement == 1.0
 
 
+# Rounded parameters are written above all in tflite/test_export.py, those of a shrunk model below.
+@pytest.mark.slow
 def test_a_shrunk_model_is_rounded_and_written(rounded_file):
     forms = {constant.type for constant in export.read_constants(rounded_file.path).values()}
     assert forms == {"int4", "int8", "float32"}
@@ -92,7 +94,7 @@ def test_a_shrunk_and_rounded_model_agrees_with_its_file(rounded_file):
     assert rounded_file.verify(free_running=2, isolated=False).passed
 
 
-@pytest.mark.parametrize("kind", ["dense", "rounded"])
+@pytest.mark.parametrize("kind", ["dense", pytest.param("rounded", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_a_shrunk_model_is_what_its_file_holds(kind, request, tmp_path):
     (model, params, *_), written = (
         request.getfixturevalue(name)

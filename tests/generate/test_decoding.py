@@ -32,7 +32,8 @@ VARIANTS = [
         marks=pytest.mark.slow,
         id="tie_embeddings-rotary_interleaved",
     ),
-    pytest.param({"mrope_section": (1, 1, 2)}, id="mrope_section"),
+    # Positions of three axes are tested with images below.
+    pytest.param({"mrope_section": (1, 1, 2)}, marks=pytest.mark.slow, id="mrope_section"),
 ]
 # Three rows and scores everywhere, so that few programs are compiled.
 ROWS = 3
@@ -117,7 +118,8 @@ def seen_and_heard_inputs(prompts, images, audio, listed):
         pytest.param({}, False, id="False-rope"),
         pytest.param({}, True, id="True-rope", marks=pytest.mark.slow),
         pytest.param({"mrope_section": (1, 1, 2)}, False, id="False-mrope", marks=pytest.mark.slow),
-        pytest.param({"mrope_section": (1, 1, 2)}, True, id="True-mrope"),
+        # Images of other sizes are listed below.
+        pytest.param({"mrope_section": (1, 1, 2)}, True, id="True-mrope", marks=pytest.mark.slow),
     ],
 )
 def test_images_and_audio_in_padded_rows(
@@ -338,7 +340,8 @@ def test_unfit_input_is_named(make_model, change, message):
         generate(model, params, inputs, **options)
 
 
-@pytest.mark.parametrize("mrope", [(), (1, 1, 2)])
+# Positions of three axes are those of the test below.
+@pytest.mark.parametrize("mrope", [(), pytest.param((1, 1, 2), marks=pytest.mark.slow)])
 def test_generation_beyond_the_context_is_asked_for(make_model, mrope):
     model, params = make_model(num_layers=1, max_position_embeddings=10, mrope_section=mrope)
     prompts = np.full((2, 7), 12)
@@ -355,7 +358,6 @@ def test_generation_beyond_the_context_is_asked_for(make_model, mrope):
 
 
 def test_an_image_takes_the_positions_of_its_grid(make_model):
-    # The decoder of the test above.
     model, params = make_model(num_layers=1, max_position_embeddings=10, mrope_section=(1, 1, 2))
     # An image of 2 x 2 features takes 2 positions of three axes, though 4 tokens.
     tokens = np.full((2, 9), 12)

@@ -42,6 +42,9 @@ BRANCHES = (FORMATS[1], FORMATS[2], FORMATS[7], FORMATS[12], FORMATS[13])
 FEW = [f if f in BRANCHES else pytest.param(f, marks=pytest.mark.slow) for f in FORMATS]
 
 
+# Each type once, and each branch; for tests that compile a program for every format.
+OTHERS = (FORMATS[3], FORMATS[6], FORMATS[9], FORMATS[11])
+MOST = [pytest.param(f, marks=pytest.mark.slow) if f in OTHERS else f for f in FORMATS]
 dense = jax.jit(boxes.dense)
 
 
@@ -59,7 +62,7 @@ def box_of(format, seed=0):
     return quantize(weight(10, 48, seed=seed), format)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=repr)
+@pytest.mark.parametrize("format", MOST, ids=repr)
 def test_bytes_told_are_bytes_held_and_bytes_in_the_file(format, tmp_path):
     box = box_of(format)
     arrays, spec = boxes.to_flat({"w": box})
@@ -71,7 +74,7 @@ def test_bytes_told_are_bytes_held_and_bytes_in_the_file(format, tmp_path):
     np.testing.assert_array_equal(dense(read["w"]), dense(box))
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=repr)
+@pytest.mark.parametrize("format", MOST, ids=repr)
 def test_dense_is_scale_times_level_less_zero(format):
     box, values = box_of(format), dense(box_of(format))
     codes = np.asarray(packing.unpack(box.data, 48, format.qtype))
@@ -148,7 +151,7 @@ def test_scales_train_through_partition(format):
     np.testing.assert_allclose(slope, difference, rtol=2e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=repr)
+@pytest.mark.parametrize("format", MOST, ids=repr)
 def test_products_and_lookups_are_those_of_the_dense_weight(format):
     box, tokens = box_of(format), np.array([[0, 9, 3]])
     few, many = (weight(rows, 48, seed=1) for rows in (1, 40))
@@ -164,7 +167,7 @@ def test_products_and_lookups_are_those_of_the_dense_weight(format):
     np.testing.assert_array_equal(looked_up, plain[tokens])
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=repr)
+@pytest.mark.parametrize("format", MOST, ids=repr)
 def test_fake_quantized_reads_as_its_packed_form(format):
     plain, box = weight(10, 48), box_of(format)
     fake = boxes.fake_quantized(plain, box.scale, box.zero, format)
@@ -182,7 +185,7 @@ def test_fake_quantized_reads_as_its_packed_form(format):
     assert np.mean(gradient) > 0.2
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=repr)
+@pytest.mark.parametrize("format", MOST, ids=repr)
 def test_shards_hold_whole_bytes(format):
     mesh = jax.make_mesh((1,), ("model",))
     path = "decoder/layers/0/mlp/down_proj/weight"
@@ -275,7 +278,13 @@ def test_formats_without_a_meaning_are_refused(build, message):
         build()
 
 
-@pytest.mark.parametrize("qtype", ["int8", "int2", "ternary", "ternary34", "nf4"])
+@pytest.mark.parametrize(
+    "qtype",
+    [
+        *("int8", "ternary34", "nf4"),
+        *(pytest.param(qtype, marks=pytest.mark.slow) for qtype in ("int2", "ternary")),
+    ],
+)
 def test_channels_of_zeros_stay_zero_and_constants_are_exact(qtype):
     values = np.stack([np.zeros(32, np.float32), np.full(32, 3.0, np.float32)])
     box = quantize(values, Format(qtype))

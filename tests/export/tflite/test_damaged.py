@@ -29,7 +29,7 @@ SMALL_BUFFER = 64
 
 
 @pytest.fixture(scope="module")
-def exported(small_config, random_params, quantize, tmp_path_factory):
+def exported(small_config, random_params, quantize, mapped, tmp_path_factory):
     """A text model of two signatures, in blocks, at 4 bits and at 8."""
     decoder = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 96}
     config = small_config(**decoder, num_layers=2, vocab_size=64)
@@ -45,7 +45,7 @@ def exported(small_config, random_params, quantize, tmp_path_factory):
         form = blocks if "layers/0" in path else Format("int4" if "mlp" in path else "int8")
         return quantize(leaf, form)
 
-    params = boxes.map_with_path(rule, random_params(model))
+    params = mapped(rule, random_params(model))
     path = tmp_path_factory.mktemp("damaged") / "whole.tflite"
     return export.tflite(model, params, path, prefill_lengths=(), cache_slots=16)
 

@@ -37,7 +37,7 @@ def with_grids(box: Quantized, inputs: ActivationGrid, outputs: ActivationGrid) 
 
 
 @pytest.fixture(scope="module")
-def calibrated(text_model, text_params, quantize):
+def calibrated(text_model, text_params, quantize, mapped):
     """A text model of int8, int4 per channel and int4 in groups, and its parameters."""
     tokens = np.random.default_rng(0).integers(10, 320, (4, 32)).astype(np.int32)
 
@@ -47,7 +47,7 @@ def calibrated(text_model, text_params, quantize):
         forms = {GROUPED: Format.parse("int4-g32"), GATE_UP: Format("int4")}
         return quantize(leaf, forms.get(path, Format("int8")))
 
-    params = boxes.map_with_path(box, text_params)
+    params = mapped(box, text_params)
     calibrate = ge.quantize.activations()
     return text_model, calibrate(text_model, params, [{"tokens": tokens}])[1]
 

@@ -140,27 +140,31 @@ def test_compressed_file_agrees_with_jax_on_the_same_integers(exported, prompt):
 
 
 def test_few_tokens_or_a_lower_threshold_mark_nothing(dense_export, prompt):
-    result = dense_export.verify([export.Window(*prompt)], free_running=0)
+    result = dense_export.verify([export.Window(*prompt)], free_running=0, isolated=False)
     assert result.passed
     assert result.signatures.keys() == set(dense_export.signatures)
     assert result.shortfalls == [f"only {result.tokens} of at least 1,000 tokens were compared"]
-    result = dense_export.verify(threshold=0.5, free_running=0)
+    result = dense_export.verify(threshold=0.5, free_running=0, isolated=False)
     assert str(result).endswith("not marked as verified: the default threshold is 99.00%")
     assert export.read_metadata(dense_export.path)["verified"] is False
 
 
-@pytest.mark.parametrize("wrong", ["prefill_32", "embed_32", "decode", "vision", "speech"])
-def test_a_signature_that_texts_do_not_run_must_agree_too(wrong, dense_export, model, dense_params):
-    sizes = (32,), 64
-    reference = JaxRunner(model, dense_params, *sizes)
+@pytest.fixture(scope="module")
+def references(model, dense_params):
+    """Makes runners of the functions that `verify` has compiled."""
+    compiled = model.clone(compute="int8_dynamic")
+    return lambda kind: kind(compiled, dense_params, (32,), 64)
 
+
+@pytest.mark.parametrize("wrong", ["prefill_32", "embed_32", "decode", "vision", "speech"])
+def test_a_signature_that_texts_do_not_run_must_agree_too(wrong, dense_export, references):
     class Other(JaxRunner):
         def run(self, signature, **inputs):
             outputs = super().run(signature, **inputs)
             turned = {name: -value for name, value in outputs.items() if "cache" not in name}
             return outputs | turned if signature == wrong else outputs
 
-    distances = signature_distances(reference, Other(model, dense_params, *sizes))
+    distances = signature_distances(references(JaxRunner), references(Other))
     assert distances.keys() == set(dense_export.signatures)
     expected = {wrong}
     if wrong == "decode":
@@ -175,7 +179,7 @@ def test_a_file_of_other_weights_fails(dense_export, model, dense_params):
         dense_params,
     )
     with pytest.raises(ExportError, match=r"threshold 99\.00%"):
-        export.verify(dense_export.path, model, other, free_running=0)
+        export.verify(dense_export.path, model, other, free_running=0, isolated=False)
     assert export.read_metadata(dense_export.path)["verified"] is False
 
 
@@ -186,18 +190,21 @@ def test_positions_that_are_not_counted_are_left_out(dense_export, prompt):
     window = export.Window(
         tokens, image, audio, counted, prompt_length=len(tokens) - 4, max_new_tokens=6
     )
-    result = dense_export.verify([window])
+    result = dense_export.verify([window], isolated=False)
     assert (result.tokens, result.agreement) == (4, 1.0)
     assert result.free_running_tokens in range(1, 7)
+    nothing = export.Window(tokens, image, audio, np.zeros(len(tokens), bool))
     with pytest.raises(ExportError, match="no window counts a position"):
-        dense_export.verify([export.Window(tokens, image, audio, np.zeros(len(tokens), bool))])
+        dense_export.verify([nothing], isolated=False)
+    shorter = export.Window(tokens, image, audio, counted[1:])
     with pytest.raises(DataError, match="expected one bool for each"):
-        dense_export.verify([export.Window(tokens, image, audio, counted[1:])])
+        dense_export.verify([shorter], isolated=False)
 
 
-def test_jax_runs_the_same_signatures(dense_export, model, dense_params, prompt):
-    phone = export.LiteRTRunner(dense_export.path)
-    reference = JaxRunner(model, dense_params, phone.prefill_lengths, phone.cache_slots)
+def test_jax_runs_the_same_signatures(dense_export, references, prompt):
+    phone, reference = export.LiteRTRunner(dense_export.path), references(JaxRunner)
+    assert reference.prefill_lengths == phone.prefill_lengths
+    assert reference.cache_slots == phone.cache_slots
     np.testing.assert_allclose(reference.score(*prompt), phone.score(*prompt), atol=1e-4)
 
 
