@@ -53,8 +53,10 @@ def test_stages_in_turn_are_the_model(make_member, make_shallow, batch_of, membe
         np.testing.assert_allclose(state["x"], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_statistics_are_of_the_rows_that_meet_a_weight(make_shallow, batch_of):
-    model, params = make_shallow("nano")
+# What meets the weights of an encoder is checked in `test_inputs.py` as well.
+@pytest.mark.parametrize("name", ["tied", pytest.param("nano", marks=pytest.mark.slow)])
+def test_statistics_are_of_the_rows_that_meet_a_weight(make_shallow, batch_of, name):
+    model, params = make_shallow(name)
     leaves, batches = dict(boxes.path_items(params)), [batch_of(model, seed=s) for s in (0, 1)]
     states, observed = stages.first_states(model, batches), {}
     kinds = {name: getattr(stages, name) for name in ("ABS_SUM", "ABS_MAX", "RANGE", "ROWS")}
@@ -74,7 +76,7 @@ def test_statistics_are_of_the_rows_that_meet_a_weight(make_shallow, batch_of):
         states = stage.run(mine, states)
     run = jax.jit(functools.partial(model.apply, mutable=["inputs"]))
     for batch in batches:
-        inputs = {name: batch[name] for name in ("images", "audio")}
+        inputs = {name: batch[name] for name in ("images", "audio") if name in batch}
         sown = run({"params": params}, batch["tokens"], **inputs)[1]
         for path, rows in jax.tree_util.tree_flatten_with_path(sown["inputs"])[0]:
             names = [key.key for key in path if hasattr(key, "key")]
@@ -173,13 +175,18 @@ def test_what_is_quantized_already_is_refused_by_name(make_member):
 def test_no_full_precision_copy_stays_alive(batch_of, name):
     # Matrices alike share a program: 24 columns, and 24 rows but for two of them.
     alike = {"num_kv_heads": 3, "num_heads": 3, "intermediate_size": 24, "hidden_size": 24}
-    model, params = init_glm(tiny_config({"num_layers": 1, **alike}))
-    options = {"train": {"steps": 2}} if name == "qat" else {}
+    batch = {"tokens": np.arange(10, 34, dtype=np.int32).reshape(2, 12) % 9}
+    if name == "qat":
+        model, options = Stock(), {"train": {"steps": 2}}
+        params = init(model, batch["tokens"])["params"]
+    else:
+        model, params = init_glm(tiny_config({"num_layers": 1, **alike}))
+        batch, options = batch_of(model), {}
     transform = getattr(quantize, name)("int4", **options)
     dense = [
         weakref.ref(leaf) for path, leaf in boxes.path_items(params) if boxes.is_matrix(path, leaf)
     ]
-    _, small, _ = transform(model, params, [batch_of(model)], rng=jax.random.key(0))
+    _, small, _ = transform(model, params, [batch], rng=jax.random.key(0))
     del params
     gc.collect()
     assert [ref() for ref in dense if ref() is not None] == []
