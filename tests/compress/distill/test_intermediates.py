@@ -130,8 +130,8 @@ def test_the_losses_match_loops():
 
 
 def test_a_student_learns_from_layers_of_a_deeper_wider_teacher(data):
-    student = built(0, depth=2)
-    teacher = built(1, depth=4, width=12, heads=3)
+    student = built(0)
+    teacher = built(1, depth=2, width=12, heads=3)
     options = {"steps": 60, "learning_rate": 0.02, "hidden": 1.0, "attention": 1.0}
     trained, report = train(student, teacher, data, **options)
     first, last = report.curve[0], report.curve[-1]
@@ -169,6 +169,7 @@ def test_the_map_of_layers_is_used(data):
     assert min(abs(report.curve[0].hidden / loss - 1.0) for loss in losses) < 1e-5
 
 
+@pytest.mark.slow
 def test_accumulated_transfer_is_that_of_one_big_batch(data):
     joined = [{name: np.concatenate([batch[name] for batch in data]) for name in data[0]}]
     student, teacher = built(0), built(1, depth=2, width=12)

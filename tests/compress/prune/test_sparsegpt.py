@@ -153,7 +153,11 @@ def compressed(make_model):
         "joint": prune.sparsegpt(format="int4-g8", shape="2:4", where=where),
         "ternary34": prune.sparsegpt(format="ternary34-g8", where=where),
     }
-    results = {name: kind(model, params, calibration)[1:] for name, kind in kinds.items()}
+    results = {
+        name: kind(model, params, calibration)[1:]
+        for name, kind in kinds.items()
+        if name != "ternary34"
+    }
     return model, params, calibration, kinds, results
 
 
@@ -177,9 +181,10 @@ def test_masks_and_rounds_in_one(compressed):
     assert report.bytes_after < result["sparsegpt"][1].bytes_before
 
 
+@pytest.mark.slow
 def test_ternary34_has_one_zero_in_four(compressed):
-    model, params, calibration, _, actual = compressed
-    pruned, report = actual["ternary34"]
+    model, params, calibration, kinds, _ = compressed
+    pruned, report = kinds["ternary34"](model, params, calibration)[1:]
     same = quantize.gptq("ternary34-g8", where=DOWN)
     expected = same(model, params, calibration)[1]
     jax.tree.map(np.testing.assert_array_equal, pruned, expected)

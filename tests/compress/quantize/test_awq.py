@@ -22,9 +22,7 @@ module = importlib.import_module("glm_edge.compress.quantize.awq")
 @pytest.mark.parametrize(
     "name", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("edge_v", "pruned"))]
 )
-def test_folds_are_exact_before_rounding(
-    square, make_member, batch_of, logits, monkeypatch, name
-):
+def test_folds_are_exact_before_rounding(square, make_member, batch_of, logits, monkeypatch, name):
     model, params = square if name is None else make_member(name)
     monkeypatch.setattr(module, "_rounded", lambda work, path, leaf, *others: leaf)
     changed = awq("int4", where=r"layers/1/")(model, params, [batch_of(model, rows=4, seed=1)])[1]
@@ -61,10 +59,11 @@ def test_loses_less_than_rounding_to_nearest(square, batch_of, logits):
 
 
 @pytest.mark.parametrize(
-    "where", [r"^speech/layers/0/fc|^decoder/layers/0/mlp/", pytest.param(None, marks=pytest.mark.slow)]
+    "where",
+    [r"^speech/layers/0/fc|^decoder/layers/0/mlp/", pytest.param(None, marks=pytest.mark.slow)],
 )
-def test_boxes_and_report(make_member, batch_of, where):
-    model, params = make_member("asr")
+def test_boxes_and_report(make_member, make_shallow, batch_of, where):
+    model, params = (make_shallow if where else make_member)("asr")
     calibration = [batch_of(model)]
     recipe = awq("int4-g16", where=where, fallback_bits=8)
     _, changed, report = recipe(model, params, calibration)

@@ -93,11 +93,17 @@ def test_blocks_change_no_code(block):
 @pytest.mark.parametrize(
     "name",
     [
-        "int4-g16",
         "int4-g16-affine",
         "int4-tensor",
         *ALIKE,
-        *slow("int4-channel", "nf4-g16", "ternary-g16", "ternary34-g16", "ternary34-channel"),
+        *slow(
+            "int4-g16",
+            "int4-channel",
+            "nf4-g16",
+            "ternary-g16",
+            "ternary34-g16",
+            "ternary34-channel",
+        ),
         *slow("ternary-tensor"),
     ],
 )
@@ -156,8 +162,8 @@ def test_both_signs_of_a_scale_lose_less():
 @pytest.mark.parametrize(
     ("name", "act_order"),
     [
-        ("ternary34-g16", False),
         ("ternary34-g16", True),
+        pytest.param("ternary34-g16", False, marks=pytest.mark.slow),
         pytest.param("ternary34-channel", False, marks=pytest.mark.slow),
         pytest.param("ternary34-channel", True, marks=pytest.mark.slow),
     ],
