@@ -128,7 +128,7 @@ def bytes_of(params):
 
 
 # Others are slow only because each compiles programs of its own; padding has one door.
-QUICK = ("gptq", "wanda", "taylor")
+QUICK = ("wanda", "taylor")
 
 
 @pytest.mark.parametrize(

@@ -130,8 +130,8 @@ def test_the_losses_match_loops():
 
 
 def test_a_student_learns_from_layers_of_a_deeper_wider_teacher(data):
-    student = built(0)
-    teacher = built(1, depth=2, width=12, heads=3)
+    student = built(0, depth=2)
+    teacher = built(1, depth=4, width=12, heads=3)
     options = {"steps": 60, "learning_rate": 0.02, "hidden": 1.0, "attention": 1.0}
     trained, report = train(student, teacher, data, **options)
     first, last = report.curve[0], report.curve[-1]

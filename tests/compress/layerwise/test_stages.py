@@ -105,11 +105,13 @@ def test_layers_alike_share_a_compiled_program(make_member):
 class Stock(nn.Module):
     """A module that is none of ours."""
 
+    sizes: tuple[int, ...] = (9, 5, 16, 7)
+
     @nn.compact
     def __call__(self, tokens):
-        return nn.Dense(7, name="second")(
-            nn.relu(nn.Dense(16, name="first")(nn.Embed(9, 5)(tokens)))
-        )
+        vocabulary, width, hidden, outputs = self.sizes
+        x = nn.Dense(hidden, name="first")(nn.Embed(vocabulary, width)(tokens))
+        return nn.Dense(outputs, name="second")(nn.relu(x))
 
 
 def test_a_stock_module_is_one_stage_whose_inputs_are_seen():
@@ -175,13 +177,13 @@ def test_what_is_quantized_already_is_refused_by_name(make_member):
         recipe(model, params)
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq", "qat"])
+@pytest.mark.parametrize("name", ["rtn", pytest.param("gptq", marks=pytest.mark.slow), "qat"])
 def test_no_full_precision_copy_stays_alive(batch_of, name):
     # Matrices alike share a program: 24 columns, and 24 rows but for two of them.
     alike = {"num_kv_heads": 3, "num_heads": 3, "intermediate_size": 24, "hidden_size": 24}
     batch = {"tokens": np.arange(24, dtype=np.int32).reshape(2, 12) % 7}
     if name == "qat":
-        model, options = Stock(), {"train": {"steps": 2}}
+        model, options = Stock((16, 16, 16, 16)), {"train": {"steps": 2}}
         params = init(model, batch["tokens"])["params"]
     else:
         model, params = init_glm(tiny_config({"num_layers": 1, **alike}))

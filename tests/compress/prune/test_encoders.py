@@ -54,7 +54,12 @@ KEEP = {0: {"heads": [1], "neurons": [0, 1, 7, 12, 23]}}
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("nano", "vision"), ("nano", "speech"), ("edge_v", "vision")]
+    ("name", "part"),
+    [
+        pytest.param("nano", "vision", marks=pytest.mark.slow),
+        ("nano", "speech"),
+        ("edge_v", "vision"),
+    ],
 )
 def test_a_shrunk_encoder_gives_the_outputs_of_the_zeroed_one(make_shallow, batch_of, name, part):
     model, params = make_shallow(name)

@@ -31,7 +31,7 @@ def layer_outputs(model, params, calibration):
     return result
 
 
-@pytest.mark.parametrize("method", ["adaround", "descent"])
+@pytest.mark.parametrize("method", [pytest.param("adaround", marks=pytest.mark.slow), "descent"])
 def test_adaround_beats_nearest_in_each_layer(square, calibration, method):
     """Each layers output is closer to the originals than by nearest."""
     model, params = square

@@ -63,10 +63,24 @@ def objective(weight, gram, codes, scale, format):
     return np.sum(lost @ np.float64(gram) * lost)
 
 
+PLAIN = ("int4-g16", "ternary-g16")
+ORDERED = ("int4-channel", "int4-g16-affine", "nf4-g16")
+
+
 @pytest.mark.parametrize(
-    "name", ["int4-g16", "int4-channel", "int4-g16-affine", "nf4-g16", "ternary-g16", *ALIKE]
+    ("name", "act_order"),
+    [
+        *((name, False) for name in PLAIN),
+        *((name, True) for name in ORDERED),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in PLAIN),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ORDERED),
+        *(
+            pytest.param(*case.values, act_order, marks=pytest.mark.slow)
+            for case in ALIKE
+            for act_order in (False, True)
+        ),
+    ],
 )
-@pytest.mark.parametrize("act_order", [False, True])
 def test_codes_are_those_of_the_published_loop(name, act_order):
     weight, gram = problem()
     format = Format.parse(name)
