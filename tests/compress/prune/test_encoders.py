@@ -228,7 +228,7 @@ def test_bad_input_is_refused(nano, make_member):
         encoders(0.5)(model, params, calibration=[{"tokens": batch["tokens"]}])
     broken = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(np.nan), params)
     with pytest.raises(DataError, match="not finite"):
-        encoders(0.5)(model, broken, calibration=[batch])
+        encoders(0.5, neurons=0.5, neuron_multiple=4)(model, broken, calibration=[batch])
     with pytest.raises(RecipeError, match="leaves no query head"):
         encoders(heads=0.9, score="magnitude")(model, params)
     with pytest.raises(RecipeError, match="leaves none of 24"):
