@@ -129,6 +129,7 @@ def test_the_losses_match_loops():
     np.testing.assert_allclose(halved, mean, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_layers_of_a_deeper_wider_teacher(data):
     student = built(0, depth=2)
     teacher = built(1, depth=4, width=12, heads=3)

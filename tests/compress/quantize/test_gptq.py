@@ -47,6 +47,7 @@ def test_loses_less_than_rounding_to_nearest(make_member, batch_of, error, optio
     assert set(boxes.select(params, LAYERS)) == {row.path for row in report.rows}
 
 
+@pytest.mark.slow
 def test_each_stage_loses_less_at_its_output(square, calibration):
     model, params = square
     changed = {
