@@ -14,6 +14,7 @@ from glm_edge.configs import TextConfig
 from glm_edge.errors import RecipeError
 from glm_edge.models.text import TextEncoder
 from glm_edge.params.tree import nested
+from tests.compress.conftest import MEMBERS
 from tests.tiny_models import init
 
 
@@ -40,6 +41,17 @@ def relative_change(model, before, after, batch):
     return float(jnp.abs(logits(model, after, batch) - expected).max() / jnp.abs(expected).max())
 
 
+# Both encoders, sandwich norms and an untied head, and layers of other widths.
+QUICK = ("nano", "sandwich", "pruned")
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in sorted(MEMBERS)
+    ],
+)
 def test_every_fold_leaves_the_function_as_it_was(make_member, make_shallow, batch_of, member):
     # Widths of the pruned member differ from layer to layer.
     model, params = (make_member if member == "pruned" else make_shallow)(member)

@@ -37,7 +37,7 @@ PARTS = {
         ResNetConfig(
             "bottlenecks",
             Stem(8, 7, 2, pool=True),
-            (StageConfig(8, 2, 1), StageConfig(12, 2, 2)),
+            (StageConfig(12, 2, 2),),
             num_classes=10,
             image_size=(32, 32, 3),
         ),

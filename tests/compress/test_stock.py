@@ -219,7 +219,11 @@ def test_calibration_sees_the_rows_that_each_kernel_multiplies():
 
 
 @pytest.mark.parametrize(
-    ("kind", "unseen"), [("unrolled", "1 of 7 matrices"), ("remat", "6 of 7 matrices")]
+    ("kind", "unseen"),
+    [
+        pytest.param("unrolled", "1 of 7 matrices", marks=pytest.mark.slow),
+        ("remat", "6 of 7 matrices"),
+    ],
 )
 def test_gptq_counts_what_it_rounds_to_nearest(kind, unseen):
     model = Tower(1, kind)
@@ -283,7 +287,7 @@ def test_scanned_layers_are_compressed_as_unrolled_ones(towers, name):
         jax.tree.map(np.testing.assert_array_equal, layer, results["unrolled"][f"block_{index}"])
 
 
-@pytest.mark.parametrize("format", ["int8", "bfloat16"])
+@pytest.mark.parametrize("format", ["int8", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_scanned_model_runs_on_rounded_weights(towers, format):
     model, params = towers["scanned"]
     _, rounded, report = quantize.rtn(format)(model, params)

@@ -30,7 +30,15 @@ NAMES = [
 NAMES += ["nf4-g16", "int4-tensor", "bfloat16"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("int4-g32", "int2-g16", "int6-g16", "ternary-g32")
+        else name
+        for name in NAMES
+    ],
+)
 def test_bytes_of_are_those_of_the_box(name):
     format = Format.parse(name)
     weight = jax.random.normal(jax.random.key(0), (5, 96))

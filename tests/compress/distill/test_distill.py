@@ -281,6 +281,7 @@ def test_a_chain_teaches_with_the_model_it_was_given(small, calibration):
         np.testing.assert_array_equal(array, arrays_of(expected)[name])
 
 
+@pytest.mark.slow
 def test_a_student_is_healed_after_pruning_and_after_rounding(small, calibration):
     model, params = small
     recipe = chain(

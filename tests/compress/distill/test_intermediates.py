@@ -129,6 +129,7 @@ def test_the_losses_match_loops():
     np.testing.assert_allclose(halved, mean, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_layers_of_a_deeper_wider_teacher(data):
     student = built(0, depth=2)
     teacher = built(1, depth=4, width=12, heads=3)
@@ -169,6 +170,7 @@ def test_the_map_of_layers_is_used(data):
     assert min(abs(report.curve[0].hidden / loss - 1.0) for loss in losses) < 1e-5
 
 
+@pytest.mark.slow
 def test_accumulated_transfer_is_that_of_one_big_batch(data):
     joined = [{name: np.concatenate([batch[name] for batch in data]) for name in data[0]}]
     student, teacher = built(0), built(1, depth=2, width=12)

@@ -55,7 +55,7 @@ def test_the_likeliest_tokens_are_those_of_generate(texts):
     np.testing.assert_array_equal(weights, taught)
 
 
-@pytest.mark.parametrize("name", ["nano", "sandwich"])
+@pytest.mark.parametrize("name", ["sandwich", pytest.param("nano", marks=pytest.mark.slow)])
 def test_prompts_of_any_length_and_kind_are_gone_on_with(make_shallow, batch_of, name):
     model, params = make_shallow(name)
     batch = batch_of(model, rows=3)
@@ -142,6 +142,11 @@ def test_a_student_learns_from_what_it_says_itself(pair, calibration):
         share = 1.0 if is_own else 0.5
         expected = share * point.soft + (1 - share) * point.hard
         assert point.loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_what_a_student_says_teaches_it_the_teachers_view(pair, calibration):
+    model, student, teacher = pair
     # Labels that the teacher does not agree with would pull the other way.
     alone = {**OPTIONS, "on_policy": OnPolicy(prompt=4), "alpha": 1.0}
     transform = distill(

@@ -21,6 +21,7 @@ from glm_edge.compress.distill.state import machine
 from glm_edge.compress.layerwise import stream
 from glm_edge.compress.layerwise.stream import compress_checkpoint, is_streamable
 from glm_edge.errors import CheckpointError, DataError, OutputError, RecipeError
+from tests.tiny_models import init_glm, tiny_config
 
 ROUNDED = chain(quantize.rtn("int4-g8", where="^decoder/", scale="mse"), quantize.rtn("int8"))
 CALIBRATED = chain(
@@ -30,9 +31,17 @@ CALIBRATED = chain(
 )
 
 
+@pytest.fixture(scope="module")
+def alike():
+    """A model of all parts whose matrices have few shapes, so that each is compiled for once."""
+    sizes = {"hidden_size": 24, "num_heads": 3, "intermediate_size": 24}
+    encoder = sizes | {"projector_size": 24}
+    return init_glm(tiny_config(sizes | {"num_kv_heads": 3}, encoder, encoder, pad_token_id=0))
+
+
 @pytest.fixture
-def saved(make_member, tmp_path):
-    model, params = make_member("nano")
+def saved(alike, tmp_path):
+    model, params = alike
     return ge.save(model, params, tmp_path / "source", format="safetensors")
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import prune, quantize, recipe_from_json, to_json
-from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.errors import RecipeError
 from glm_edge.models.cnn import CNN, Inverted, MobileNetV2Config, Stem, preset
 from tests.tiny_models import init
@@ -94,7 +93,7 @@ def test_what_has_no_meaning_is_refused(narrow):
     with pytest.raises(RecipeError, match="only a MobileNetV2"):
         prune.channels(0.5)(CNN(preset("resnet_digits")), {})
     with pytest.raises(RecipeError, match="only a MobileNetV2"):
-        prune.channels(0.5)(*reparameterize()(*narrow)[:2])
+        prune.channels(0.5)(narrow[0].clone(deploy=True), {})
     with pytest.raises(RecipeError, match="its variables, params and batch_stats"):
         prune.channels(0.5)(narrow[0], narrow[1]["params"])
     rounded = quantize.rtn("int8", where="blocks_1/expand")(*narrow)[1]

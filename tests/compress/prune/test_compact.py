@@ -81,6 +81,8 @@ def text():
     return [{"tokens": rng.integers(10, 48, (2, 24)).astype(np.int32)} for _ in range(2)]
 
 
+# Budgets are measured in `masks/test_allocation.py` too, and heads taken out below.
+@pytest.mark.slow
 def test_heads_under_a_measured_budget_take_at_most_its_bytes(glm, text, batch_of):
     model, params = glm
     before = boxes.stored_bytes(params)

@@ -80,7 +80,7 @@ def test_depth_equals_a_silent_decoder_layer(batch):
     assert config.intermediate_size == (24, 40)
 
 
-@pytest.mark.parametrize("part", ["vision", "speech"])
+@pytest.mark.parametrize("part", [pytest.param("vision", marks=pytest.mark.slow), "speech"])
 def test_depth_equals_a_silent_encoder_layer(make_shallow, batch_of, part):
     """An encoder without a layer gives the outputs of a silent layer."""
     config = make_shallow("nano")[0].config

@@ -78,10 +78,15 @@ logits = jax.jit(batches.apply_batch, static_argnums=0)
 def products():
     """All combinations; each gradient of a score and a shape compiles the model anew.
 
-    Weights and gates are two branches, which one shape of each score shows.
+    Weights, gates and layers are branches, which a shape of some score shows by default.
     """
+    shown = {
+        "taylor": ("unstructured", "head", "layer"),
+        "sensitivity": ("unstructured",),
+        "taylor2": ("head",),
+    }
     for shape, score, allocation in itertools.product(SHAPES, SCORES, ALLOCATIONS):
-        another = score in ("sensitivity", "taylor2") and shape not in ("unstructured", "head")
+        another = shape not in shown.get(score, SHAPES)
         yield pytest.param(
             shape,
             score,

@@ -153,20 +153,22 @@ def compressed(make_model):
         "joint": prune.sparsegpt(format="int4-g8", shape="2:4", where=where),
         "ternary34": prune.sparsegpt(format="ternary34-g8", where=where),
     }
-    results = {name: kind(model, params, calibration)[1:] for name, kind in kinds.items()}
-    return model, params, calibration, kinds, results
+    # Each when a test asks for it.
+    apply = functools.cache(lambda name: kinds[name](model, params, calibration)[1:])
+    return model, params, calibration, kinds, apply
 
 
+@pytest.mark.slow
 def test_loses_less_than_magnitude_and_refining_less_still(compressed):
-    model, params, calibration, _, result = compressed
-    lost = {name: error(model, params, f[0], calibration[0]) for name, f in result.items()}
+    model, params, calibration, kinds, result = compressed
+    lost = {name: error(model, params, result(name)[0], calibration[0]) for name in kinds}
     assert lost["sparsegpt"] < lost["published"] < lost["magnitude"]
     assert lost["joint"] < lost["apart"]
 
 
 def test_masks_and_rounds_in_one(compressed):
     _, _, _, _, result = compressed
-    pruned, report = result["joint"]
+    pruned, report = result("joint")
     for path, leaf in boxes.path_items(pruned):
         if path == DOWN:
             assert str(leaf.format) == "int4-g8"
@@ -174,12 +176,13 @@ def test_masks_and_rounds_in_one(compressed):
             assert int(zeros.min()) >= 2
     assert {row.keep_ratio for row in report.rows} == {0.5}
     assert all(row.action.startswith("int4-g8 (2:4, output error") for row in report.rows)
-    assert report.bytes_after < result["sparsegpt"][1].bytes_before
+    assert report.bytes_after < report.bytes_before
 
 
+@pytest.mark.slow
 def test_ternary34_has_one_zero_in_four(compressed):
-    model, params, calibration, _, actual = compressed
-    pruned, report = actual["ternary34"]
+    model, params, calibration, _, result = compressed
+    pruned, report = result("ternary34")
     same = quantize.gptq("ternary34-g8", where=DOWN)
     expected = same(model, params, calibration)[1]
     jax.tree.map(np.testing.assert_array_equal, pruned, expected)
@@ -194,12 +197,13 @@ def test_goes_through_json_and_gives_the_same_again(compressed):
         again = recipe_from_json(to_json(kinds[name]))
         assert again == kinds[name]
     again = recipe_from_json(to_json(kinds["joint"]))(model, params, calibration)[1]
-    jax.tree.map(np.testing.assert_array_equal, result["joint"][0], again)
+    jax.tree.map(np.testing.assert_array_equal, result("joint")[0], again)
 
 
+@pytest.mark.slow
 def test_masks_can_be_rounded_later_and_stay(compressed):
     model, _, _, _, result = compressed
-    masked = result["sparsegpt"][0]
+    masked = result("sparsegpt")[0]
     rounded = quantize.rtn("int8", where="layers/0/mlp/down_proj")(model, masked)[1]
     keep = dict(boxes.path_items(masked))[DOWN].mask
     assert not bool(jnp.any(dict(boxes.path_items(rounded))[DOWN].unbox()[~keep] != 0))

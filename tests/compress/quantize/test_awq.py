@@ -19,12 +19,14 @@ LAYER = r"layers/0/"
 module = importlib.import_module("glm_edge.compress.quantize.awq")
 
 
-@pytest.mark.parametrize("name", [pytest.param("edge_v", marks=pytest.mark.slow), "pruned"])
-def test_folds_are_exact_before_rounding(make_member, batch_of, logits, monkeypatch, name):
-    model, params = make_member(name)
+@pytest.mark.parametrize(
+    "name", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("edge_v", "pruned"))]
+)
+def test_folds_are_exact_before_rounding(square, make_member, batch_of, logits, monkeypatch, name):
+    model, params = square if name is None else make_member(name)
     monkeypatch.setattr(module, "_rounded", lambda work, path, leaf, *others: leaf)
-    changed = awq("int3", where=r"layers/1/")(model, params, [batch_of(model, seed=1)])[1]
-    batch = batch_of(model)
+    changed = awq("int4", where=r"layers/1/")(model, params, [batch_of(model, rows=4, seed=1)])[1]
+    batch = batch_of(model, rows=4)
     expected = logits(model, params, batch)
     assert jnp.abs(logits(model, changed, batch) - expected).max() < 1e-5 * jnp.abs(expected).max()
     before, after = (dict(boxes.path_items(tree)) for tree in (params, changed))
@@ -57,10 +59,11 @@ def test_loses_less_than_rounding_to_nearest(square, batch_of, logits):
 
 
 @pytest.mark.parametrize(
-    "where", [r"^speech/layers/|^decoder/layers/0/mlp/", pytest.param(None, marks=pytest.mark.slow)]
+    "where",
+    [r"^speech/layers/0/fc|^decoder/layers/0/mlp/", pytest.param(None, marks=pytest.mark.slow)],
 )
-def test_boxes_and_report(make_member, batch_of, where):
-    model, params = make_member("asr")
+def test_boxes_and_report(make_member, make_shallow, batch_of, where):
+    model, params = (make_shallow if where else make_member)("asr")
     calibration = [batch_of(model)]
     recipe = awq("int4-g16", where=where, fallback_bits=8)
     _, changed, report = recipe(model, params, calibration)
@@ -95,13 +98,14 @@ def test_masked_and_bfloat16_weights(square, batch_of, logits):
         return boxes.mask(leaf, jnp.asarray(keep)) if name == path else leaf
 
     params = boxes.map_with_path(narrow, params)
-    _, changed, _ = awq("int4", where=LAYER)(model, params, [batch_of(model, rows=4)])
+    where = f"{LAYER}mlp"
+    _, changed, _ = awq("int4", where=where)(model, params, [batch_of(model, rows=4)])
     leaves = dict(boxes.path_items(changed))
     assert leaves[path].dtype == "bfloat16"
     np.testing.assert_array_equal(np.float32(boxes.dense(leaves[path]))[~keep], 0)
     batch = batch_of(model, rows=4, seed=4)
     expected = logits(model, params, batch)
-    rounded = rtn("int4", where=LAYER)(model, params)[1]
+    rounded = rtn("int4", where=where)(model, params)[1]
     errors = [jnp.linalg.norm(logits(model, tree, batch) - expected) for tree in (changed, rounded)]
     assert errors[0] < 1.5 * errors[1]
 

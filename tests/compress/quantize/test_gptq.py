@@ -47,6 +47,7 @@ def test_loses_less_than_rounding_to_nearest(make_member, batch_of, error, optio
     assert set(boxes.select(params, LAYERS)) == {row.path for row in report.rows}
 
 
+@pytest.mark.slow
 def test_each_stage_loses_less_at_its_output(square, calibration):
     model, params = square
     changed = {
@@ -113,7 +114,7 @@ def test_zeros_of_a_mask_stay(square, calibration):
     keep = np.random.default_rng(0).random(leaves[path].shape) < 0.5
     leaves[path] = boxes.mask(leaves[path], jnp.asarray(keep))
     masked = boxes.tree.nested(leaves)
-    result = gptq("int4-g8", where="0/mlp/down_proj")(model, masked, calibration)[1]
+    result = gptq(FORMAT, where="0/mlp/down_proj")(model, masked, calibration)[1]
     dense = np.asarray(dict(boxes.path_items(result))[path].unbox())
     assert not np.any(dense[~keep] != 0)
     published = {"propagate": 0.0, "refit": False, "sweeps": 0}
@@ -133,8 +134,8 @@ def test_stock_kernels_are_rounded_by_their_inputs(error):
     model, tokens = Stock(), np.random.default_rng(0).integers(0, 40, (8, 12)).astype(np.int32)
     params = init(model, tokens)["params"]
     batch = {"tokens": tokens}
-    result = gptq("int2", where="kernel")(model, params, [batch])[1]
-    nearest = rtn("int2", where="kernel", scale="mse")(model, params)[1]
+    result = gptq(FORMAT, where="kernel")(model, params, [batch])[1]
+    nearest = rtn(FORMAT, where="kernel", scale="mse")(model, params)[1]
     assert error(model, params, result, batch) < 0.8 * error(model, params, nearest, batch)
 
 
@@ -177,8 +178,8 @@ def test_options_without_meaning_are_refused(square, calibration):
 @pytest.mark.parametrize(
     "shrink",
     [
-        structured(neurons=0.5, score="magnitude"),
         depth(layers=1),
+        pytest.param(structured(neurons=0.5, score="magnitude"), marks=pytest.mark.slow),
         pytest.param(
             structured(heads=0.25, neurons=0.5, score="magnitude"), marks=pytest.mark.slow
         ),

@@ -31,12 +31,13 @@ KINDS = [
 
 
 def cases(usual, other):
-    """All kinds with the first option; with the second, all between first and last slow."""
-    few = (KINDS[0], KINDS[-1])
-    marked = [
-        pytest.param(*kind, other, marks=() if kind in few else pytest.mark.slow) for kind in KINDS
+    """All kinds with both options; slow are those whose code another kind runs too."""
+    few = {usual: (KINDS[0], *KINDS[4:]), other: KINDS[-1:]}
+    return [
+        pytest.param(*kind, option, marks=() if kind in few[option] else pytest.mark.slow)
+        for option in few
+        for kind in KINDS
     ]
-    return [(*kind, usual) for kind in KINDS] + marked
 
 
 def weight(*shape, seed=0):

@@ -52,11 +52,15 @@ def test_the_error_of_an_output_matches_its_rows(drifted):
 @pytest.mark.parametrize(
     ("method", "text"),
     [
-        *(("descent", text) for text in FORMATS),
-        *(("adaround", text) for text in FORMATS[:2]),
+        ("descent", "int4-tensor"),
+        ("descent", "nf4-g8"),
+        ("adaround", "int2-g8-affine"),
         *(
             pytest.param(method, text, marks=pytest.mark.slow)
-            for method, texts in (("descent", SIMILAR), ("adaround", FORMATS[2:] + SIMILAR))
+            for method, texts in (
+                ("descent", FORMATS[:2] + SIMILAR),
+                ("adaround", [FORMATS[0], *FORMATS[2:], *SIMILAR]),
+            )
             for text in texts
         ),
     ],
@@ -76,7 +80,11 @@ def test_learned_rounding_beats_nearest(method, text):
 
 
 @pytest.mark.parametrize(
-    "text", [*FORMATS, *(pytest.param(text, marks=pytest.mark.slow) for text in SIMILAR)]
+    "text",
+    [
+        *FORMATS[1:],
+        *(pytest.param(text, marks=pytest.mark.slow) for text in [FORMATS[0], *SIMILAR]),
+    ],
 )
 def test_a_weight_lies_between_its_neighbours(text):
     format = Format.parse(text)

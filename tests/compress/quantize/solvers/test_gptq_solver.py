@@ -63,10 +63,24 @@ def objective(weight, gram, codes, scale, format):
     return np.sum(lost @ np.float64(gram) * lost)
 
 
+PLAIN = ("int4-g16", "ternary-g16")
+ORDERED = ("int4-channel", "int4-g16-affine", "nf4-g16")
+
+
 @pytest.mark.parametrize(
-    "name", ["int4-g16", "int4-channel", "int4-g16-affine", "nf4-g16", "ternary-g16", *ALIKE]
+    ("name", "act_order"),
+    [
+        *((name, False) for name in PLAIN),
+        *((name, True) for name in ORDERED),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in PLAIN),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ORDERED),
+        *(
+            pytest.param(*case.values, act_order, marks=pytest.mark.slow)
+            for case in ALIKE
+            for act_order in (False, True)
+        ),
+    ],
 )
-@pytest.mark.parametrize("act_order", [False, True])
 def test_codes_are_those_of_the_published_loop(name, act_order):
     weight, gram = problem()
     format = Format.parse(name)
@@ -93,11 +107,17 @@ def test_blocks_change_no_code(block):
 @pytest.mark.parametrize(
     "name",
     [
-        "int4-g16",
         "int4-g16-affine",
         "int4-tensor",
         *ALIKE,
-        *slow("int4-channel", "nf4-g16", "ternary-g16", "ternary34-g16", "ternary34-channel"),
+        *slow(
+            "int4-g16",
+            "int4-channel",
+            "nf4-g16",
+            "ternary-g16",
+            "ternary34-g16",
+            "ternary34-channel",
+        ),
         *slow("ternary-tensor"),
     ],
 )
@@ -156,8 +176,8 @@ def test_both_signs_of_a_scale_lose_less():
 @pytest.mark.parametrize(
     ("name", "act_order"),
     [
-        ("ternary34-g16", False),
         ("ternary34-g16", True),
+        pytest.param("ternary34-g16", False, marks=pytest.mark.slow),
         pytest.param("ternary34-channel", False, marks=pytest.mark.slow),
         pytest.param("ternary34-channel", True, marks=pytest.mark.slow),
     ],

@@ -105,7 +105,13 @@ def test_scales_are_those_of_the_loop(qtype):
 
 
 @pytest.mark.parametrize(
-    "name", ["int4-channel", "int3-g16-affine", "ternary34-g16", "int2-tensor"]
+    "name",
+    [
+        pytest.param("int4-channel", marks=pytest.mark.slow),
+        "int3-g16-affine",
+        "ternary34-g16",
+        "int2-tensor",
+    ],
 )
 def test_is_never_worse_than_where_it_started(name):
     values = weights()
