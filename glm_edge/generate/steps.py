@@ -127,10 +127,10 @@ def start(
 _fold_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
 
 
-def padded_stops(ids: Sequence[int]) -> np.ndarray:
+def padded_stops(ids: Sequence[int]) -> Array:
     """Pad stop tokens to a multiple of 8 with -1, which no token equals, so that few compile."""
     width = max(8, -(-len(ids) // 8) * 8)
-    return np.array([*ids, *[-1] * (width - len(ids))], np.int32)
+    return jax.device_put(np.array([*ids, *[-1] * (width - len(ids))], np.int32))
 
 
 def _row_keys(rng: Array, batch: int) -> Array:
