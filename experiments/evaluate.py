@@ -24,6 +24,7 @@ from absl import flags
 from tokenizers import Tokenizer
 
 from experiments.common import eval_data, tap_eval, tap_items
+from experiments.common.provenance import provenance_of
 from glm_edge.cli import evaluate
 from glm_edge.cli.console import bar, launch, print_table
 
@@ -56,7 +57,17 @@ def define_flags() -> None:
 
 def measure_taps(model: Any, params: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     """Measure and print taps for written and, if the model has speech, spoken questions."""
-    report: dict[str, Any] = {"seed": FLAGS.seed, "speakers": None, **dict.fromkeys(KINDS)}
+    places = ("checkpoint", "reference", "text", "digits_dir", "speech_dir")
+    report: dict[str, Any] = {
+        **provenance_of(
+            "evaluate",
+            ("screens", "seed", "speakers", "ablations", "text_tokens"),
+            [f"--{name}=PATH" for name in places if FLAGS[name].present],
+        ),
+        "seed": FLAGS.seed,
+        "speakers": None,
+        **dict.fromkeys(KINDS),
+    }
     draw = (FLAGS.screens, FLAGS.seed, FLAGS.digits_dir)
     if model.config.vision is not None:
         for kind, wording in WRITTEN.items():
