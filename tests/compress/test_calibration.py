@@ -1,5 +1,7 @@
 """Calibration by functions: a ViT on images and labels, a CNN with statistics of batches."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from glm_edge.compress import Calibration, TrainOptions, chain, distill, prune, 
 from glm_edge.compress.allocate.plan import plan
 from glm_edge.compress.distill.state import calibration_digest
 from glm_edge.errors import DataError, RecipeError
+from tests.marks import slow_unless
 from tests.tiny_models import init
 
 CLASSES = 5
@@ -106,11 +109,7 @@ QUICK = {("gptq", "vit"), ("distill", "cnn")}
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [
-        pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow)
-        for name in TRANSFORMS
-        for kind in ("vit", "cnn")
-    ],
+    slow_unless(QUICK.__contains__, itertools.product(TRANSFORMS, ("vit", "cnn"))),
 )
 def test_every_transform_reads_any_batch(models, name, kind):
     model, params, variables = models[kind]

@@ -15,6 +15,7 @@ from glm_edge.errors import RecipeError
 from glm_edge.models.text import TextEncoder
 from glm_edge.params.tree import nested
 from tests.compress.conftest import MEMBERS
+from tests.marks import slow_unless
 from tests.tiny_models import init
 
 
@@ -47,10 +48,7 @@ QUICK = ("nano", "sandwich", "pruned")
 
 @pytest.mark.parametrize(
     "member",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in sorted(MEMBERS)
-    ],
+    slow_unless(QUICK.__contains__, sorted(MEMBERS)),
 )
 def test_every_fold_leaves_the_function_as_it_was(make_member, make_shallow, batch_of, member):
     # Widths of the pruned member differ from layer to layer.

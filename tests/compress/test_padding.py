@@ -22,6 +22,7 @@ from glm_edge.compress.layerwise.stream import compress_checkpoint
 from glm_edge.compress.padding import valid_tokens
 from glm_edge.errors import DataError
 from glm_edge.models.text import TextEncoder
+from tests.marks import slow_unless
 from tests.tiny_models import init
 
 PAD = 0  # Of the small model.
@@ -133,10 +134,7 @@ QUICK = ("wanda", "taylor")
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name)
-        for name in TRANSFORMS
-    ],
+    slow_unless(QUICK.__contains__, TRANSFORMS),
 )
 def test_every_transform_gives_the_same_bytes(tiny, alone, name):
     model, params = tiny if "depth" in name else alone

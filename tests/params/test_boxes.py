@@ -16,6 +16,7 @@ from glm_edge.models.layers import Embed, Linear
 from glm_edge.params import Format
 from glm_edge.params.boxes import describe, rebuild
 from glm_edge.params.layouts import Layout
+from tests.marks import slow_unless
 from tests.tiny_models import init
 
 FORMATS = [
@@ -28,10 +29,7 @@ FORMATS = [
 
 
 # Both branches of the code; the others are slow where a case compiles much.
-FEW = [
-    pytest.param(f, marks=() if f in (FORMATS[0], FORMATS[-1]) else pytest.mark.slow)
-    for f in FORMATS
-]
+FEW = slow_unless((FORMATS[0], FORMATS[-1]).__contains__, FORMATS)
 
 linear = jax.jit(boxes.linear, static_argnums=2)
 dense = jax.jit(boxes.dense)

@@ -16,6 +16,7 @@ from glm_edge.compress.allocate.knapsack import Option
 from glm_edge.compress.quantize.rtn import rtn
 from glm_edge.errors import BoxError, RecipeError
 from glm_edge.params import Format
+from tests.marks import slow_unless
 
 NAMES = [
     "int8",
@@ -32,12 +33,9 @@ NAMES += ["nf4-g16", "int4-tensor", "bfloat16"]
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow)
-        if name in ("int4-g32", "int2-g16", "int6-g16", "ternary-g32")
-        else name
-        for name in NAMES
-    ],
+    slow_unless(
+        lambda name: name not in ("int4-g32", "int2-g16", "int6-g16", "ternary-g32"), NAMES
+    ),
 )
 def test_bytes_of_are_those_of_the_box(name):
     format = Format.parse(name)

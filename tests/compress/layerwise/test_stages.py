@@ -18,6 +18,7 @@ from glm_edge.compress.layerwise.runner import LayerwiseTransform
 from glm_edge.compress.transform import registered
 from glm_edge.errors import DataError, RecipeError
 from tests.compress.conftest import MEMBERS
+from tests.marks import slow_unless
 from tests.tiny_models import init, init_glm, tiny_config
 
 logits = jax.jit(apply_batch, static_argnums=0)
@@ -34,10 +35,7 @@ QUICK = ("nano", "sandwich", "edge_v", "pruned")
 
 @pytest.mark.parametrize(
     "member",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in sorted(MEMBERS)
-    ],
+    slow_unless(QUICK.__contains__, sorted(MEMBERS)),
 )
 def test_stages_in_turn_are_the_model(make_member, make_shallow, batch_of, member):
     # Widths of the pruned member differ from layer to layer.

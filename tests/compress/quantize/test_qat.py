@@ -12,6 +12,7 @@ from glm_edge.compress.quantize.options import QuantizeConfig
 from glm_edge.compress.quantize.qat import fake, finalize, lr_scale_of, qat
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params import Format, Masked, Quantized
+from tests.marks import slow_unless
 
 DECODER = r"^decoder/"
 FORMATS = (
@@ -77,12 +78,10 @@ def test_gradients_match_learned_step_size_quantization(text, low, high):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        pytest.param(name, marks=pytest.mark.slow)
-        if name in ("int8-channel", "int3-channel", "int2-g16", "ternary-channel")
-        else name
-        for name in FORMATS
-    ],
+    slow_unless(
+        lambda text: text not in ("int8-channel", "int3-channel", "int2-g16", "ternary-channel"),
+        FORMATS,
+    ),
 )
 def test_what_is_stored_is_the_last_forward_pass_bit_for_bit(text):
     format = Format.parse(text)

@@ -6,6 +6,7 @@ import pytest
 
 from glm_edge.compress.quantize.solvers import awq_search as awq
 from glm_edge.params import Format
+from tests.marks import slow_unless
 
 
 def round_loop(weight, bits, group):
@@ -38,13 +39,11 @@ KINDS = [(4, None), (4, 8), (3, None), (8, 4)]
 
 @pytest.mark.parametrize(
     ("bits", "group", "blocks"),
-    [
-        case
-        if case[0] == 4 and (case[1] or case[2] == (2, 2, 4))
-        # Other widths run the same code.
-        else pytest.param(*case, marks=pytest.mark.slow)
-        for case in ((*kind, blocks) for kind in KINDS for blocks in BLOCKS)
-    ],
+    # Other widths run the same code.
+    slow_unless(
+        lambda case: case[0] == 4 and (case[1] or case[2] == (2, 2, 4)),
+        ((*kind, blocks) for kind in KINDS for blocks in BLOCKS),
+    ),
 )
 def test_factor_matches_a_loop(bits, group, blocks):
     x, weights = data(bits)
