@@ -64,7 +64,6 @@ def measure_taps(model: Any, params: Any, tokenizer: Tokenizer) -> dict[str, Any
             ("screens", "seed", "speakers", "ablations", "text_tokens"),
             [f"--{name}=PATH" for name in places if FLAGS[name].present],
         ),
-        "seed": FLAGS.seed,
         "speakers": None,
         **dict.fromkeys(KINDS),
     }

@@ -132,7 +132,6 @@ def main(argv: Sequence[str]) -> None:
             "recipe": json.loads(ge.to_json(recipe)),
             "screens": len(data.written) or None,
             "tap_loss": evaluation.tap_loss(),
-            "seed": FLAGS.seed,
             "seconds": round(time.monotonic() - started, 1),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },

@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
         ],
     )
     names = ("shape", "format", "prefill", "contexts", "slots", "threads", "one_step", "keep")
-    log = steps_log | provenance_of("bench.conversion", names, ["--work_dir=DIR"])
+    log = steps_log | provenance_of("bench.conversion", names, ["--work_dir=DIR"], seed=0)
     if FLAGS.out:
         write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", overwrite=True)
 

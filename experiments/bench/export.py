@@ -378,7 +378,7 @@ def provenance() -> dict[str, Any]:
     names = ("shape", "engines", "contexts", "prefill", "slots", "attended_slots", "threads")
     names += ("rounds", "steps", "reserve_gb", "weight_cache", "profile", "profile_all")
     return provenance_of(
-        "bench.export", names, ["--work_dir=DIR", *peers_of(tuple(PEERS.values()))]
+        "bench.export", names, ["--work_dir=DIR", *peers_of(tuple(PEERS.values()))], seed=0
     )
 
 

@@ -112,7 +112,9 @@ def main(argv: Sequence[str]) -> None:
             name: [seconds / theirs for seconds in by_name[name]] for name in FLAGS.settings
         }
     summary |= {
-        **provenance_of("bench.gptq", ("compute",), ["--work_dir=DIR", *peers_of(("gptqmodel",))]),
+        **provenance_of(
+            "bench.gptq", ("compute",), ["--work_dir=DIR", *peers_of(("gptqmodel",))], seed=0
+        ),
         "compute": FLAGS.compute,
     }
     print_table(

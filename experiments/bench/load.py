@@ -305,7 +305,7 @@ def provenance() -> dict[str, Any]:
 
     checkpoint = f"--checkpoint={Path(FLAGS.checkpoint).name}"
     packages = versions_of(("flax", "safetensors", "torch", "transformers"))
-    return provenance_of("bench.load", ("rounds", "readers"), [checkpoint], packages)
+    return provenance_of("bench.load", ("rounds", "readers"), [checkpoint], packages, seed=0)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """Compares quantization methods, glm_edge's and other projects', on one model and text.
 
-    python -m experiments.bench.quality --text=wt103_valid.txt \\
-        --calibration_text=wt103_train_head.txt --digits_dir=DIR --speech_dir=DIR --out_dir=out
+    python -m experiments.bench.quality --text=encyclopedia.txt,books.txt \\
+        --calibration_text=train.txt --digits_dir=DIR --speech_dir=DIR --out_dir=out
 
 Quantizes the decoder of the shipped model by every method of `bench/peers/methods.py`, and loads
-each method's effective weights into one float32 model. The same compiled program scores all:
-perplexity of --text, taps on phone screens for written and spoken instructions, and, per modality,
-the mean KL divergence from float32 (nats) and the fraction of changed top-1 tokens (for questions:
-along the float32 model's answers). Bits are those that a method stores, including scales, zero
-points and headers. "packed" counts codes at their width, since some peers pack them only in their
-kernels. Two rows without compression show the noise.
+each method's effective weights into one float32 model. The same compiled program scores all. Each
+file of --text is a domain, and so is the evaluation half of CPython's help. Per domain, a row has
+the mean KL divergence from float32 (nats) and the increase of perplexity, with 95 % intervals by
+the bootstrap over windows, paired with float32's. Taps on phone screens follow, for written and
+spoken instructions, with KL and the fraction of changed top-1 tokens along the float32 model's
+answers. Bits are those that a method stores, including scales, zero points and headers. "packed"
+counts codes at their width, since some peers pack them only in their kernels. Two rows without
+compression show the noise.
 
 All methods calibrate on the same --calibration_windows of --calibration_text, and on screens if the
 method accepts inputs of layers. Screens, digits, speakers and text differ from those of the
-measurement. Without --calibration_text, --text is split: a third for calibration, the rest for the
 measurement.
 
 A peer runs in a separate process and may have its own environment:
@@ -25,8 +26,10 @@ build of llama.cpp's libggml-base (llama-cpp-python contains one), `ai-edge-quan
 `auto-round`. Results are in --out_dir, one JSON file per method. An interrupted run resumes, as
 finished methods are not repeated; delete a file to repeat its row.
 --methods='^(fp32|glm_edge|qwix)' selects rows by name. `table.md`, `report.json` and `quality.png`
-show all results in the directory. The script also lists the peers' rows whose perplexity no row of
-glm_edge matches with at most as many packed bits.
+show all results in the directory. Every row contains its command, commit, machine and load. The
+report compares each peer's row with one row of glm_edge of at most as many packed bits, selected by
+a fixed rule (`bench/peers/comparison.py`): better or worse only if the interval of the difference
+of KL excludes zero.
 """
 
 import dataclasses
@@ -37,7 +40,6 @@ import re
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,17 +53,16 @@ from absl import flags
 
 import glm_edge as ge
 from experiments.bench.peers import exchange
+from experiments.bench.peers.comparison import verdicts, with_intervals, without_windows
 from experiments.bench.peers.methods import DECODER, METHODS, OURS, REFERENCE, Method, as_json
 from experiments.bench.peers.scoring import Scorer
-from experiments.bench.peers.table import COLUMNS, Columns, cells, figure, titles, unreached
-from experiments.common import calibration_data, eval_data, tap_items
+from experiments.bench.peers.table import INTERVAL, Columns, cells, columns_of, figure, titles
+from experiments.common import calibration_data, eval_data, tap_items, text_domains
 from experiments.common.child import Child, ChildError
-from experiments.common.provenance import commit, machine
+from experiments.common.provenance import provenance_of
 from glm_edge import params as boxes
 from glm_edge.cli import corpora
 from glm_edge.cli.console import launch, refuse_arguments
-from glm_edge.cli.loss import WINDOW
-from glm_edge.cli.run import versions as package_versions
 from glm_edge.compress.batches import INPUTS
 from glm_edge.errors import DataError, OutputError
 from glm_edge.tables import text_table
@@ -85,9 +86,15 @@ def define_shared_flags() -> None:
     flags.DEFINE_string(
         "out_dir", None, "Output directory, with one JSON file per method.", required=True
     )
-    flags.DEFINE_string("text", None, "UTF-8 file for the measurement.", required=True)
-    flags.DEFINE_string("calibration_text", None, "UTF-8 file for calibration.")
-    flags.DEFINE_integer("text_tokens", 60000, "Maximum number of tokens to score.", 512)
+    flags.DEFINE_list(
+        "text",
+        None,
+        "UTF-8 files for the measurement, one per domain, which is named by its file.",
+        required=True,
+    )
+    flags.DEFINE_bool("pydoc", True, "Also measure on the evaluation half of CPython's help.")
+    flags.DEFINE_string("calibration_text", None, "UTF-8 file for calibration.", required=True)
+    flags.DEFINE_integer("text_tokens", 65536, "Maximum number of tokens to score per domain.", 512)
     flags.DEFINE_integer("calibration_windows", 64, "Number of calibration windows of text.", 8)
     flags.DEFINE_integer(
         "training_windows", 4800, "Number of training windows of text for trained rows.", 8
@@ -116,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
     waiting = [method for method in chosen if not finished(results, method, settings)]
     if waiting:
         bench = Bench(directory, settings, waiting)
-        measure(bench.run, waiting, results, COLUMNS)
+        measure(bench.run, waiting, results, columns_of(list(bench.data.windows)))
         shutil.rmtree(bench.work)
     conclude(directory, results)
 
@@ -167,9 +174,9 @@ def run_settings() -> dict[str, Any]:
     """Return the settings that all rows of a table share, with a checksum of the text."""
     names = ("text_tokens", "calibration_windows", "calibration_screens", "screens", "seed")
     settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
-    for name in ("text", "calibration_text"):
-        path = FLAGS[name].value
-        settings[name] = path and f"{zlib.crc32(corpora.read_text(path).encode()):08x}"
+    settings["text"] = text_domains.checksums(text_domains.held_out(FLAGS.text, FLAGS.pydoc))
+    learned = {"calibration_text": corpora.read_text(FLAGS.calibration_text)}
+    settings |= text_domains.checksums(learned)
     for name in ("digits_dir", "speech_dir"):
         settings[name] = FLAGS[name].value and Path(FLAGS[name].value).name
     return {**settings, "speakers": ",".join(FLAGS.speakers)}
@@ -209,7 +216,7 @@ class Gathered:
       params: its parameters.
       tokenizer: tokenizer of the model.
       learned: token ids of the calibration text.
-      windows: windows of held-out text.
+      windows: windows of held-out text by domain.
       questions: questions by kind (`image`, `spoken`).
       utterances: recordings for calibration.
     """
@@ -219,7 +226,7 @@ class Gathered:
     params: Any
     tokenizer: Any
     learned: np.ndarray
-    windows: corpora.Windows
+    windows: dict[str, corpora.Windows]
     questions: dict[str, list[tap_items.Item]]
     utterances: Sequence[Any]
 
@@ -239,14 +246,9 @@ def gather() -> Gathered:
     checkpoint = ge.shipped("nano")
     model, params = ge.load(checkpoint, dtype="float32")
     tokenizer = ge.load_tokenizer(checkpoint)
-    if FLAGS.calibration_text:
-        learned = corpora.read_text(FLAGS.calibration_text)
-        held_out = corpora.read_text(FLAGS.text)
-    else:
-        learned, held_out = eval_data.split_text(FLAGS.text)
-    learned = corpora.encode_text(tokenizer, learned)
-    tokens = corpora.encode_text(tokenizer, held_out)[: FLAGS.text_tokens]
-    windows = corpora.windows(tokens, corpora.token_bytes(tokenizer), WINDOW)
+    learned = corpora.encode_text(tokenizer, corpora.read_text(FLAGS.calibration_text))
+    texts = text_domains.held_out(FLAGS.text, FLAGS.pydoc)
+    windows = text_domains.complete_windows(texts, tokenizer, FLAGS.text_tokens)
     heard, others, notes = eval_data.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
@@ -279,7 +281,7 @@ class Bench:
         self.scorer = Scorer(
             self.model, self.params, self.data.tokenizer, self.data.windows, self.data.questions
         )
-        self.fp32 = self.scorer.score(self.model, self.params)["perplexity"]
+        self.fp32 = self.scorer.score(self.model, self.params)
 
     def run(self, method: Method) -> dict[str, Any] | None:
         """Quantize by a method and score the result; return None if the peer is absent."""
@@ -299,11 +301,12 @@ class Bench:
             "options": method.options,
             "bits": meta["stored_bits"] / meta["weights"],
             "packed_bits": meta["packed_bits"] / meta["weights"],
-            "increase": measured["perplexity"] / self.fp32 - 1,
             **measured,
-            **{key: meta.get(key) for key in ("seconds", "peak_rss_bytes", "weights", "versions")},
+            "text": with_intervals(measured["text"], self.fp32["text"]),
+            **{key: meta.get(key) for key in ("seconds", "peak_rss_bytes", "weights")},
             "total_seconds": time.perf_counter() - start,
             "settings": self.settings,
+            **run_of("bench.quality", meta.get("versions")),
         }
 
     def _reference(self, method: Method) -> tuple[Any, Any, dict[str, Any]]:
@@ -436,30 +439,38 @@ def rows_found(results: Path, methods: Sequence[Method]) -> list[dict[str, Any]]
 def conclude(directory: Path, results: Path) -> None:
     """Write table, report and figure of all results, in the order of METHODS."""
     rows = rows_found(results, METHODS)
-    table = text_table(titles(), [cells(row) for row in rows])
-    ahead = unreached(rows)
-    report = {"run": circumstances(rows), "unreached": ahead, "rows": rows}
+    columns = columns_of(list(rows[0]["text"]))
+    table = text_table(titles(columns), [cells(row, columns) for row in rows])
+    compared = verdicts(rows)
+    titles_of_verdicts = ["peer", "glm_edge", "domain", "KL, glm_edge minus peer", "verdict"]
+    lines = [
+        [v["peer"], v["ours"], v["domain"], INTERVAL.format(v["difference"]), v["verdict"]]
+        for v in compared
+        if v["ours"]
+    ]
+    text = f"{table}\n\n{text_table(titles_of_verdicts, lines)}\n"
+    report = {"verdicts": compared, "rows": [without_windows(row) for row in rows]}
     corpora.write_text(directory / "report.json", json.dumps(report, indent=1) + "\n", True)
-    corpora.write_text(directory / "table.md", table + "\n", True)
-    print(f"\n{table}\n")
-    print(
-        "peers' rows that no row of glm_edge matches at equal or fewer bits: "
-        f"{', '.join(ahead) or 'none'}"
-    )
+    corpora.write_text(directory / "table.md", text, True)
+    print(f"\n{text}")
     figure(rows, directory / "quality.png")
 
 
-def circumstances(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Describe the run of the rows: settings, commit, machine, and versions including peers'."""
-    versions: dict[str, str] = {}
-    for row in rows:
-        versions |= row["versions"] or {}
-    return {
-        "settings": rows[0]["settings"],
-        "commit": commit(),
-        **machine(),
-        "versions": {**package_versions(), **versions},
-    }
+def run_of(
+    script: str, versions: dict[str, str] | None = None, further: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Describe the run of a row: command, seed, commit, machine, load and versions.
+
+    Args:
+      script: module of `experiments`.
+      versions: versions of the peer's packages.
+      further: flags of the script that affect the row, besides the shared ones.
+    """
+    names = ["text_tokens", "pydoc", "calibration_windows", "training_windows"]
+    names += ["calibration_screens", "screens", "speakers", "seed", *further]
+    paths = ("text", "calibration_text", "digits_dir", "speech_dir", "out_dir")
+    placeholders = [f"--{name}={name.upper()}" for name in paths if FLAGS[name].value]
+    return provenance_of(script, names, placeholders, versions)
 
 
 if __name__ == "__main__":

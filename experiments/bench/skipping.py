@@ -119,7 +119,6 @@ def main(argv: Sequence[str]) -> None:
             "checkpoint": str(FLAGS.checkpoint or "nano"),
             "exits": exits,
             **amount,
-            "seed": FLAGS.seed,
             "seconds": round(time.monotonic() - started, 1),
         },
     }

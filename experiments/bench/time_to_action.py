@@ -122,7 +122,8 @@ def main(argv: Sequence[str]) -> None:
     if FLAGS.out:
         names = ("shape", "forms", "screen", "text_tokens", "action_tokens", "rounds", "threads")
         names += ("paper_shape", "paper_form", "bandwidth_gbs", "tops", "share", "device")
-        log |= provenance_of("bench.time_to_action", names, ["--work_dir=DIR", *peers_of(("mnn",))])
+        placeholders = ["--work_dir=DIR", *peers_of(("mnn",))]
+        log |= provenance_of("bench.time_to_action", names, placeholders, seed=0)
         write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", FLAGS.overwrite)
 
 

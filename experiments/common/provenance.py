@@ -22,6 +22,7 @@ def provenance_of(
     names: Sequence[str] = (),
     placeholders: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """Describe this run.
 
@@ -31,12 +32,14 @@ def provenance_of(
       placeholders: further flags with placeholders, such as `--work_dir=DIR`, so that the log
         contains no path of this machine.
       versions: versions of packages in other environments.
+      seed: seed of a script without the flag --seed.
 
     Returns:
-      Command, commit, machine, processor, memory, load average and versions.
+      Command, seed, commit, machine, processor, memory, load average and versions.
     """
     return {
         "command": command_of(script, names, placeholders),
+        "seed": FLAGS["seed"].value if seed is None else seed,
         "commit": commit(),
         **machine(),
         "versions": {**run.versions(), **(versions or {})},

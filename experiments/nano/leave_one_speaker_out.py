@@ -127,7 +127,10 @@ def main(argv: list[str]) -> None:
     if FLAGS.out:
         names = ["people", "seeds", "encoder", "voices", *_OPTIONS]
         report = provenance_of(
-            "nano.leave_one_speaker_out", names, ["--speech_dir=DIR", "--work_dir=DIR"]
+            "nano.leave_one_speaker_out",
+            names,
+            ["--speech_dir=DIR", "--work_dir=DIR"],
+            seed=int(FLAGS.seeds[0]),
         )
         report |= {"results": results, "summary": totals}
         corpora.write_text(FLAGS.out, json.dumps(report, indent=1) + "\n", overwrite=True)

@@ -181,7 +181,7 @@ def table_provenance(name: str, flag_names: Sequence[str] = ()) -> dict[str, Any
     # The load is stored beside the seconds that it explains.
     last = {key: run.pop(key) for key in ("load_average", "versions")}
     seconds = round(time.monotonic() - STARTED_S, 1)
-    return {**run, "seed": FLAGS.seed, "seconds": seconds, **last}
+    return {**run, "seconds": seconds, **last}
 
 
 def _csv(rows: Sequence[Row]) -> str:

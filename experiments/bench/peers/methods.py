@@ -6,6 +6,35 @@ from typing import Any
 
 DECODER = r"^decoder/"
 OURS, REFERENCE = "ours", "reference"
+# The rows of glm_edge that answer peers' rows, fixed before measuring: GPTQ with the same options
+# for all formats but the kind of scale at two bits, and the trained rows for trained peers.
+ANSWERS = {
+    "training-free": tuple(
+        f"glm_edge gptq {shape}"
+        for shape in (
+            "ternary34-channel",
+            "ternary-channel",
+            "int2-channel extreme",
+            "int2-g32 extreme",
+            "int3-channel",
+            "int3-g32",
+            "int4-channel",
+            "int4-g32",
+            "int5-g32",
+            "int6-g32",
+            "int8-channel",
+        )
+    ),
+    "trained": tuple(
+        f"glm_edge qat {shape}"
+        for shape in ("ternary-channel", "int2-channel", "int2-g32", "int3-g32", "int4-g32")
+    ),
+}
+
+
+def grouping(name: str) -> str:
+    """Return the grouping of a row's scales by its name: `channel`, or `groups`."""
+    return "channel" if "channel" in name else "groups"
 
 
 @dataclass(frozen=True)
@@ -86,7 +115,8 @@ def _calibrated() -> list[Method]:
     rows = [row("gptq", shape) for shape in _SHAPES]
     read_by_others = ("int4-g32", "int3-channel", "int3-g32", "int2-g32")
     rows += [row("gptq", shape, " text only", "text") for shape in read_by_others]
-    rows += [row("gptq", f"int{b}-g32", " extreme", scale="extreme") for b in (4, 3, 2)]
+    extreme = ("int4-g32", "int3-g32", "int2-g32", "int2-channel")
+    rows += [row("gptq", shape, " extreme", scale="extreme") for shape in extreme]
     rows += [row("hqq", f"int{b}-g32", " affine", symmetric=False) for b in (4, 3, 2)]
     rows += [row("awq", f"int{b}-g32") for b in (4, 3)]
     rows += [row("adaround", f"int{b}-g32") for b in (4, 3)]

@@ -4,7 +4,7 @@ Shapes: `W` windows of `T` tokens, `N` questions, `A` answer tokens, `V` vocabul
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,16 +16,18 @@ from experiments.common import tap_eval, tap_items
 from glm_edge.cli import corpora
 
 WINDOWS = 8
+# The reference's predictions of a domain are stored up to this size, and computed again above it.
+MOST_STORED_BYTES = 2 << 30
 
 
 class Scorer:
-    """A scorer that stores the float32 model's predictions and compares other models with them.
+    """A scorer that compares models with the float32 model's predictions.
 
     Args:
       model: reference model.
       params: its parameters.
       tokenizer: tokenizer of the model.
-      windows: windows of held-out text.
+      windows: windows of held-out text by domain; every window is scored completely.
       questions: questions by kind (`image`, `spoken`).
     """
 
@@ -34,10 +36,11 @@ class Scorer:
         model: Any,
         params: Any,
         tokenizer: Tokenizer,
-        windows: corpora.Windows,
-        questions: dict[str, Sequence[tap_items.Item]],
+        windows: Mapping[str, corpora.Windows],
+        questions: Mapping[str, Sequence[tap_items.Item]],
     ):
-        self.tokenizer, self.windows, self.questions = tokenizer, windows, questions
+        self.reference, self.tokenizer = (model, params), tokenizer
+        self.windows, self.questions = windows, questions
         self.prompts = {
             kind: list(tap_items.prompt_batches(items, model.config, tokenizer))
             for kind, items in questions.items()
@@ -46,9 +49,11 @@ class Scorer:
         self.answered = {
             kind: self._generate(model, params, batches) for kind, batches in self.prompts.items()
         }
-        self.expected = [
-            np.asarray(_window_scores(model, params, tokens)) for tokens, _ in self._batches()
-        ]
+        self.expected = {
+            domain: list(self._reference_scores(domain))
+            for domain, part in windows.items()
+            if 4 * part.tokens.size * model.config.decoder.vocab_size <= MOST_STORED_BYTES
+        }
         self.expected_answers = {
             kind: self._answer_scores(model, params, kind) for kind in self.prompts
         }
@@ -62,11 +67,14 @@ class Scorer:
             compilation.
 
         Returns:
-          `perplexity`, `bits_per_byte`, `kl_text` (nats), `flips_text`, `window_nats` (summed loss
-          per window); per kind of question `tap_in_box_<kind>` with `hits_<kind>` (0 or 1 per tap),
-          and `kl_<kind>` and `flips_<kind>` over the reference's answers.
+          `text`: per domain `perplexity`, `bits_per_byte`, `kl` (nats), `flips`, and per window
+          the means of loss and KL, `window_nats` and `window_kl` [W]. Per kind of question
+          `tap_in_box_<kind>` with `hits_<kind>` (0 or 1 per tap), and `kl_<kind>` and
+          `flips_<kind>` over the reference's answers.
         """
-        measured = self._text(model, params)
+        measured: dict[str, Any] = {
+            "text": {domain: self._text(model, params, domain) for domain in self.windows}
+        }
         for kind, items in self.questions.items():
             if kind not in self.prompts:
                 names = ("tap_in_box", "kl", "flips", "hits")
@@ -85,28 +93,32 @@ class Scorer:
             measured[f"flips_{kind}"] = float((flips * counted).sum() / counted.sum())
         return measured
 
-    def _batches(self):
-        count = len(self.windows.tokens)
-        for start in range(0, count, WINDOWS):
-            index = np.minimum(np.arange(start, start + WINDOWS), count - 1)
-            fresh = np.arange(start, start + WINDOWS) < count
-            yield self.windows.tokens[index], self.windows.scored[index] & fresh[:, None]
+    def _batches(self, domain: str) -> Iterator[tuple[np.ndarray, int]]:
+        """Iterate over batches of equal shape, each with its number of windows before padding."""
+        tokens = self.windows[domain].tokens
+        for start in range(0, len(tokens), WINDOWS):
+            index = np.minimum(np.arange(start, start + WINDOWS), len(tokens) - 1)
+            yield tokens[index], min(WINDOWS, len(tokens) - start)
 
-    def _text(self, model: Any, params: Any) -> dict[str, float]:
-        total, windows = np.zeros(3), []
-        for (tokens, counted), expected in zip(self._batches(), self.expected, strict=True):
+    def _reference_scores(self, domain: str) -> Iterator[np.ndarray]:
+        for tokens, _ in self._batches(domain):
+            yield np.asarray(_window_scores(*self.reference, tokens))
+
+    def _text(self, model: Any, params: Any, domain: str) -> dict[str, Any]:
+        expected = self.expected.get(domain) or self._reference_scores(domain)
+        parts = []
+        for (tokens, count), reference in zip(self._batches(domain), expected, strict=True):
             scores = _window_scores(model, params, tokens)
-            measured = _window_statistics(scores, expected, tokens)
-            sums = [np.sum(np.asarray(m, np.float64) * counted, axis=1) for m in measured]
-            total += np.sum(sums, axis=1)
-            windows += sums[0].tolist()
-        nats, kl, flips = total / self.windows.num_scored
+            parts.append(np.asarray(_window_means(scores, reference, tokens))[:, :count])
+        nats, kl, flips = np.concatenate(parts, axis=1, dtype=np.float64)
+        part = self.windows[domain]
         return {
-            "perplexity": float(np.exp(nats)),
-            "bits_per_byte": corpora.bits_per_byte(total[0], self.windows.num_bytes),
-            "kl_text": float(kl),
-            "flips_text": float(flips),
-            "window_nats": [round(nats, 4) for nats in windows[: len(self.windows.tokens)]],
+            "perplexity": float(np.exp(nats.mean())),
+            "bits_per_byte": corpora.bits_per_byte(nats.mean() * part.num_scored, part.num_bytes),
+            "kl": float(kl.mean()),
+            "flips": float(flips.mean()),
+            "window_nats": nats.tolist(),
+            "window_kl": kl.tolist(),
         }
 
     def _generate(self, model: Any, params: Any, batches: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -143,10 +155,11 @@ def _window_scores(model, params, tokens):
 
 
 @jax.jit
-def _window_statistics(scores, expected, tokens):
+def _window_means(scores, expected, tokens):
     nats = -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
     kl = jnp.sum(jnp.exp(expected) * (expected - scores), axis=-1)
-    return nats, kl, scores.argmax(-1) != expected.argmax(-1)
+    flips = scores.argmax(-1) != expected.argmax(-1)
+    return jnp.stack([jnp.mean(values, axis=1) for values in (nats, kl, flips)])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,13 +1,12 @@
 """Compares pruning methods, glm_edge's and published ones, on one model, text and calibration.
 
-    python -m experiments.bench.pruning --text=wt103_valid.txt \\
-        --calibration_text=wt103_train_head.txt --digits_dir=DIR --speech_dir=DIR --out_dir=out
+    python -m experiments.bench.pruning --text=encyclopedia.txt,books.txt \\
+        --calibration_text=train.txt --digits_dir=DIR --speech_dir=DIR --out_dir=out
 
 Prunes the decoder of the shipped model by every method of `bench/pruning/rows.py` and scores it
-like `experiments.bench.quality`. Scores are perplexity of --text with the interval of its increase,
-taps on phone screens for written and spoken instructions, and, per modality, the mean KL divergence
-from float32 (nats) and the fraction of changed top-1 tokens. Two rows without pruning show the
-noise.
+like `experiments.bench.quality`. Scores are, per domain of text, the mean KL divergence from
+float32 (nats) and the increase of perplexity with their intervals, and taps on phone screens for
+written and spoken instructions. Two rows without pruning show the noise.
 
 At unstructured 50 % and at 2:4, glm_edge is compared with magnitude, Wanda, SparseGPT and
 JaxPruner's magnitude, reimplemented in float64 numpy (`bench/peers/sparsity.py`; JaxPruner cannot
@@ -41,6 +40,7 @@ import jax
 from absl import flags
 
 from experiments.bench import quality as bench_quality
+from experiments.bench.peers.comparison import with_intervals, without_windows
 from experiments.bench.peers.methods import Method
 from experiments.bench.peers.scoring import Scorer
 from experiments.bench.peers.table import cells, titles
@@ -76,7 +76,8 @@ def main(argv: Sequence[str]) -> None:
     waiting = [m for m in chosen if not bench_quality.finished(results, m, settings)]
     if waiting:
         bench = Bench(directory, settings)
-        bench_quality.measure(bench.run, waiting, results, show.COLUMNS)
+        columns = show.columns_of(list(bench.data.windows))
+        bench_quality.measure(bench.run, waiting, results, columns)
     if FLAGS.speed_shape:
         time_shape(directory)
     conclude(directory, results, methods)
@@ -118,12 +119,13 @@ class Bench:
             "options": method.options,
             **work.sizes(self.data.params, pruned.params),
             **measured,
-            **show.beside_dense(measured, self.dense),
+            "text": with_intervals(measured["text"], self.dense["text"]),
+            **show.taps_lost(measured, self.dense),
             "seconds": seconds,
             "curve": pruned.curve,
             "notes": pruned.notes,
-            "versions": None,
             "settings": self.settings,
+            **bench_quality.run_of("bench.pruning", further=("steps", "sparse_steps")),
         }
         if pruned.model is not self.data.model:
             # Programs compiled for other widths are not reused.
@@ -159,7 +161,8 @@ def conclude(directory: Path, results: Path, methods: Sequence[Method]) -> None:
     timed = directory / "speed.json"
     times = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else None
     goals = show.goals(results_rows, times)
-    table = text_table(titles(show.COLUMNS), [cells(row, show.COLUMNS) for row in results_rows])
+    columns = show.columns_of(list(results_rows[0]["text"]))
+    table = text_table(titles(columns), [cells(row, columns) for row in results_rows])
     reached = text_table(
         ["goal", "row", "wanted", "found", "reached"],
         [
@@ -169,10 +172,9 @@ def conclude(directory: Path, results: Path, methods: Sequence[Method]) -> None:
     )
     text = f"{table}\n\n{show.FOOTNOTE}\n\n{reached}\n"
     report = {
-        "run": bench_quality.circumstances(results_rows),
         "goals": goals,
         "speed": times,
-        "rows": results_rows,
+        "rows": [without_windows(row) for row in results_rows],
     }
     corpora.write_text(directory / "report.json", json.dumps(report, indent=1) + "\n", True)
     corpora.write_text(directory / "table.md", text, True)

@@ -1,35 +1,30 @@
-"""Results of pruning: intervals against the dense model, goals, and a figure."""
+"""Results of pruning: taps lost against the dense model, goals, and a figure."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.bench.peers.methods import OURS, REFERENCE
-from experiments.bench.peers.table import FLOOR, Columns
+from experiments.bench.peers.table import FLOOR, Columns, text_columns
 from experiments.bench.pruning.rows import HALF, SMALLER, TWO_OF_FOUR
 from experiments.nano.phone_screens import metrics
 from glm_edge.errors import require
 
-COLUMNS: Columns = {
+QUESTIONS: Columns = {
+    "tap_in_box_image": ("taps", "{:.1%}"),
+    "tap_in_box_spoken": ("taps, spoken", "{:.1%}"),
+    "kl_image": ("KL image", "{:.2g}"),
+    "kl_spoken": ("KL spoken", "{:.2g}"),
+    "flips_image": ("flips image", "{:.1%}"),
+    "flips_spoken": ("flips spoken", "{:.1%}"),
+    "seconds": ("s", "{:.0f}"),
+}
+METHOD: Columns = {
     "method": ("method", "{}"),
     "kind": ("kind", "{}"),
     "removed": ("removed", "{:.1%}"),
     "zeros": ("zeros", "{:.1%}"),
     "stored": ("bytes", "{:.1%}"),
-    "perplexity": ("perplexity", "{:.3f}"),
-    "increase": ("increase", "{:+.2%}"),
-    "increase_low": ("from", "{:+.2%}"),
-    "increase_high": ("to", "{:+.2%}"),
-    "tap_in_box_image": ("taps", "{:.1%}"),
-    "tap_in_box_spoken": ("taps, spoken", "{:.1%}"),
-    "kl_text": ("KL text", "{:.3g}"),
-    "kl_image": ("KL image", "{:.2g}"),
-    "kl_spoken": ("KL spoken", "{:.2g}"),
-    "flips_text": ("flips text", "{:.1%}"),
-    "flips_image": ("flips image", "{:.1%}"),
-    "flips_spoken": ("flips spoken", "{:.1%}"),
-    "seconds": ("s", "{:.0f}"),
 }
 KINDS = ("image", "spoken")
 # Largest increase of perplexity, largest loss of taps, smallest speed-up of decoding.
@@ -42,30 +37,32 @@ FOOTNOTE = (
 )
 
 
-def beside_dense(measured: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
-    """Compare with the dense model on the same windows and questions.
+def columns_of(domains: Sequence[str]) -> Columns:
+    """Return the columns of the table of pruning."""
+    return {**METHOD, **text_columns(domains), **QUESTIONS}
+
+
+def taps_lost(measured: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare taps with the dense model's on the same questions.
 
     Args:
       measured: result of `Scorer.score` for a row.
       dense: result of `Scorer.score` for the dense model.
 
     Returns:
-      `increase` of perplexity with the ends of its 95 % interval (bootstrap over windows), and
-      `taps_lost_<kind>` as `[low, value, high]` (bootstrap over questions), or None.
+      `taps_lost_<kind>` as `[low, value, high]` (95 %, bootstrap over questions), or None.
     """
-    window = sum(dense["window_nats"]) / len(dense["window_nats"])
-    tokens = window / math.log(dense["perplexity"])
-    change = metrics.paired_difference(dense["window_nats"], measured["window_nats"])
-    observed = {
-        "increase": measured["perplexity"] / dense["perplexity"] - 1,
-        "increase_low": math.expm1(change.low / tokens),
-        "increase_high": math.expm1(change.high / tokens),
-    }
+    lost: dict[str, Any] = {}
     for kind in KINDS:
         hits = [[int(hit) for hit in row[f"hits_{kind}"] or ""] for row in (measured, dense)]
-        lost = metrics.paired_difference(*hits) if hits[0] else None
-        observed[f"taps_lost_{kind}"] = lost and [lost.low, lost.value, lost.high]
-    return observed
+        change = metrics.paired_difference(*hits) if hits[0] else None
+        lost[f"taps_lost_{kind}"] = change and [change.low, change.value, change.high]
+    return lost
+
+
+def increase_of(row: Mapping[str, Any]) -> float:
+    """Return the increase of perplexity in the domain where it is largest."""
+    return max(scores["increase"][1] for scores in row["text"].values())
 
 
 def goals(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) -> list[dict]:
@@ -89,7 +86,7 @@ def goals(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) ->
     ours = _best([row for row in free if HALF in row["method"]])
     theirs = _best([row for row in rows if row["method"] == f"SparseGPT {HALF}"])
     if ours and theirs:
-        wanted, observed = theirs["increase"], ours["increase"]
+        wanted, observed = increase_of(theirs), increase_of(ours)
         add(
             f"{HALF} unstructured, SparseGPT's",
             ours["method"],
@@ -101,7 +98,7 @@ def goals(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) ->
     best = {part: _best([row for row in trained if part in row["method"]]) for part in MOST}
     for part, row in best.items():
         if row:
-            observed = row["increase"]
+            observed = increase_of(row)
             add(
                 f"{part}, distilled: perplexity",
                 row["method"],
@@ -122,11 +119,11 @@ def goals(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) ->
 
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    return min(rows, key=lambda row: row["increase"], default=None)
+    return min(rows, key=increase_of, default=None)
 
 
 def figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the relative increase of perplexity of each row with its interval.
+    """Draw the relative increase of perplexity in the first domain with its interval.
 
     Args:
       rows: results except the dense model's.
@@ -140,13 +137,14 @@ def figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         figsize=(8, 0.32 * len(drawn) + 1.2), layout="constrained", squeeze=True
     )
     for position, row in enumerate(drawn):
-        value = max(row["increase"], FLOOR)
-        ends = [max(row[f"increase_{end}"], FLOOR) for end in ("low", "high")]
+        increase = next(iter(row["text"].values()))["increase"]
+        low, value, high = (max(end, FLOOR) for end in increase)
         color = "C3" if row["kind"] == "trained" else "C0" if row["peer"] == OURS else "C7"
-        axis.plot(ends, [position, position], "-", color=color)
+        axis.plot([low, high], [position, position], "-", color=color)
         axis.plot([value], [position], "o", color=color)
     axis.set_yticks(range(len(drawn)), [row["method"] for row in drawn], fontsize=8)
-    axis.set(xlabel="relative increase of perplexity, 95 % interval", xscale="log")
+    domain = next(iter(drawn[0]["text"])) if drawn else "text"
+    axis.set(xlabel=f"relative increase of perplexity, {domain}, 95 % interval", xscale="log")
     axis.grid(axis="x", alpha=0.3)
     drawing.savefig(path, dpi=130)
     pyplot.close(drawing)

@@ -230,35 +230,18 @@ def test_healed_row_resumes_to_the_same_bytes(worker):
     assert list(worker.directory.glob("healed-*/state.safetensors")) == states
 
 
-def measured(nats: list[float], tokens: int, hits: str) -> dict:
-    return {
-        "window_nats": nats,
-        "perplexity": math.exp(sum(nats) / tokens),
-        "hits_image": hits,
-        "hits_spoken": None,
-    }
-
-
-def test_increase_interval_and_lost_taps():
-    """The interval of the increase holds it and lost taps count up."""
-    dense = measured([40.0, 44.0, 42.0, 38.0], 40, "1111")
-    worse = measured([42.0, 45.0, 46.0, 39.0], 40, "1011")
-    actual = show.beside_dense(worse, dense)
-    assert actual["increase"] == pytest.approx(math.exp(8 / 40) - 1)
-    assert 0 < actual["increase_low"] < actual["increase"] < actual["increase_high"]
-    # The least and the largest change of a window bound it.
-    assert math.expm1(1 / 10) <= actual["increase_low"]
-    assert actual["increase_high"] <= math.expm1(4 / 10)
+def test_taps_lost_counts_up():
+    dense, worse = ({"hits_image": hits, "hits_spoken": None} for hits in ("1111", "1011"))
+    actual = show.taps_lost(worse, dense)
     assert actual["taps_lost_image"][1] == 0.25
     assert actual["taps_lost_spoken"] is None
-    same = show.beside_dense(dense, dense)
-    assert [same[f"increase{end}"] for end in ("", "_low", "_high")] == [0.0, 0.0, 0.0]
 
 
 def result(name: str, peer: str, kind: str, increase: float, lost: float = 0.0) -> dict:
+    domains = {"books": increase, "help": increase / 2}
+    text = {name: {"increase": [v / 2, v, v * 2], "kl": [v] * 3} for name, v in domains.items()}
     return {
-        "method": name, "peer": peer, "kind": kind, "increase": increase,
-        "increase_low": increase / 2, "increase_high": increase * 2,
+        "method": name, "peer": peer, "kind": kind, "text": text,
         "taps_lost_image": [lost, lost, lost], "taps_lost_spoken": None,
     }  # fmt: skip
 
@@ -288,9 +271,11 @@ def test_goals_use_our_best_row():
 
 def test_the_table_and_the_figure_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    row = dict.fromkeys(show.COLUMNS) | result("m", OURS, "trained", 0.25) | {"stored": 1.25}
-    shown = dict(zip(titles(show.COLUMNS), cells(row, show.COLUMNS), strict=True))
-    assert (shown["increase"], shown["bytes"], shown["taps"]) == ("+25.00%", "125.0%", "-")
+    columns = show.columns_of(["books", "help"])
+    row = dict.fromkeys(columns) | result("m", OURS, "trained", 0.25) | {"stored": 1.25}
+    shown = dict(zip(titles(columns), cells(row, columns), strict=True))
+    assert shown["perplexity books"] == "+25.00% (+12.50% to +50.00%)"
+    assert (shown["bytes"], shown["taps"]) == ("125.0%", "-")
     show.figure([row], tmp_path / "one.png")
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 

@@ -10,7 +10,7 @@ import pytest
 
 import glm_edge as ge
 from experiments.bench import quality as bench_quality
-from experiments.bench.peers import methods, table
+from experiments.bench.peers import comparison, methods, scoring, table
 from experiments.bench.peers.methods import DECODER, METHODS, OURS, Method
 from experiments.bench.peers.scoring import Scorer
 from experiments.common import tap_eval, tap_items
@@ -61,41 +61,92 @@ def test_a_finished_row_is_kept_unless_its_options_changed(tmp_path):
         bench_quality.finished(tmp_path, method, {**settings, "screens": 4})
 
 
-def row(method: str, peer: str, kind: str, bits: float, perplexity: float, where=DECODER):
+def row(method: str, peer: str, kind: str, bits: float, kl: list[float], where=DECODER):
+    mean = sum(kl) / len(kl)
+    text = {"window_kl": kl, "window_nats": kl, "kl": [mean, mean, mean], "increase": [mean] * 3}
     return {
         "method": method, "peer": peer, "kind": kind, "packed_bits": bits, "bits": bits,
-        "perplexity": perplexity, "increase": perplexity - 10, "where": where,
+        "where": where, "text": {"books": text},
     }  # fmt: skip
 
 
-def test_peers_that_ours_do_not_match_are_named():
+def test_answer_of_follows_the_fixed_rule():
+    """The answer has the grouping of the peer, the most bits that fit, and training if it has."""
     rows = [
-        row("free", OURS, "training-free", 4.5, 10.2),
-        row("taught", OURS, "trained", 4.5, 10.05),
-        row("whole", OURS, "training-free", 2.0, 10.0, where=""),
-        row("worse", "a", "training-free", 4.5, 10.2),
-        row("smaller", "a", "training-free", 4.4, 10.3),
-        row("better", "a", "training-free", 4.5, 10.1),
-        row("better, taught", "b", "trained", 4.5, 10.1),
-        row("best, taught", "b", "trained", 4.5, 10.01),
+        row("glm_edge gptq int4-channel", OURS, "training-free", 4.1, [0.1]),
+        row("glm_edge gptq int4-g32", OURS, "training-free", 4.5, [0.1]),
+        row("glm_edge gptq int3-g32", OURS, "training-free", 3.5, [0.1]),
+        row("glm_edge qat int4-g32", OURS, "trained", 4.5, [0.1]),
+        row("glm_edge awq int4-g32", OURS, "training-free", 4.5, [0.0]),
     ]
-    assert table.unreached(rows) == ["smaller", "better", "best, taught"]
+    cases = [
+        ("Q4_0", "training-free", 4.5, "glm_edge gptq int4-g32"),
+        ("Q4_0", "training-free", 4.4, "glm_edge gptq int3-g32"),
+        ("int4-channel", "training-free", 4.5, "glm_edge gptq int4-channel"),
+        ("int3-channel", "training-free", 3.6, "glm_edge gptq int3-g32"),
+        ("taught", "trained", 5.0, "glm_edge qat int4-g32"),
+        ("tiny", "training-free", 1.0, None),
+    ]
+    for name, kind, bits, expected in cases:
+        answer = comparison.answer_of(row(name, "a", kind, bits, [0.1]), rows)
+        assert (answer and answer["method"]) == expected, name
+
+
+def test_every_answer_is_a_row():
+    names = {method.name for method in METHODS}
+    assert {name for group in methods.ANSWERS.values() for name in group} <= names
+
+
+def test_verdicts_need_an_interval_without_zero():
+    noise = np.random.default_rng(0).normal(0, 0.02, 50)
+    ours = row("glm_edge gptq int4-g32", OURS, "training-free", 4.5, [0.1] * 50)
+    rows = [
+        ours,
+        row("worse", "a", "training-free", 4.5, (0.2 + noise).tolist()),
+        row("better", "a", "training-free", 4.5, (0.05 + noise).tolist()),
+        row("like", "a", "training-free", 4.5, (0.1 + noise - noise.mean()).tolist()),
+        row("tiny", "a", "training-free", 1.0, [0.1] * 50),
+    ]
+    actual = comparison.verdicts(rows)
+    assert [(v["peer"], v.get("verdict")) for v in actual] == [
+        ("worse", "better"), ("better", "worse"), ("like", "undecided"), ("tiny", None)
+    ]  # fmt: skip
+    low, value, high = actual[0]["difference"]
+    assert low < value < high < 0
+    assert value == pytest.approx(-0.1 - noise.mean())
+
+
+def test_with_intervals_pairs_windows():
+    """The increase is that of perplexity, and its interval lies within the windows' changes."""
+    before, after = np.array([1.0, 3.0, 2.0, 4.0]), np.array([1.1, 3.3, 2.2, 4.2])
+    scores = [{"d": {"window_nats": nats.tolist(), "window_kl": [0.1, 0.2, 0.3, 0.4]}}
+              for nats in (after, before)]  # fmt: skip
+    actual = comparison.with_intervals(*scores)["d"]
+    low, value, high = actual["increase"]
+    assert value == pytest.approx(np.exp((after - before).mean()) - 1)
+    assert np.expm1(0.1) <= low < value < high <= np.expm1(0.3)
+    assert actual["kl"][1] == pytest.approx(0.25)
+    shown = comparison.without_windows({"text": {"d": actual}, "bits": 4})
+    assert (list(shown["text"]["d"]), shown["bits"]) == (["kl", "increase"], 4)
 
 
 def test_the_frontier_falls_with_every_bit():
     points = ((4, 0.5), (2, 1.0), (3, 1.0), (8, 0.0))
-    rows = [row("", "a", "trained", bits, 10 + increase) for bits, increase in points]
-    assert table.frontier(rows) == [(2, 1.0), (4, 0.5), (8, table.FLOOR)]
+    rows = [row("", "a", "trained", bits, [kl]) for bits, kl in points]
+    assert table.frontier(rows, "books") == [(2, 1.0), (4, 0.5), (8, table.FLOOR)]
 
 
 def test_the_figure_and_the_table_take_rows_without_taps(tmp_path):
     pytest.importorskip("matplotlib")
     table.figure([], tmp_path / "empty.png")
-    table.figure([row("m", OURS, "trained", 4.5, 10.0)], tmp_path / "one.png")
+    table.figure([row("m", OURS, "trained", 4.5, [0.25])], tmp_path / "one.png")
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
-    full = dict.fromkeys(table.COLUMNS) | row("m", "a", "trained", 4.5, 10.25)
-    cells = dict(zip(table.titles(), table.cells(full), strict=True))
-    assert (cells["bits"], cells["increase"], cells["taps"]) == ("4.500", "+25.00%", "-")
+    columns = table.columns_of(["books"])
+    full = dict.fromkeys(columns) | row("m", "a", "trained", 4.5, [0.25])
+    cells = dict(zip(table.titles(columns), table.cells(full, columns), strict=True))
+    assert (cells["bits"], cells["taps"]) == ("4.500", "-")
+    assert cells["KL books"] == "0.25 (0.25 to 0.25)"
+    assert cells["perplexity books"] == "+25.00% (+25.00% to +25.00%)"
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +166,17 @@ def text_model():
     return model, jax.tree.map(lambda leaf: 3 * leaf, params)
 
 
-def test_text_scores_match_numpy(text_model):
-    """Text scores are those of numpy and zero for the same model."""
+@pytest.mark.parametrize("stored", [0, 1 << 30])
+def test_text_scores_match_numpy(text_model, monkeypatch, stored):
+    """Text scores are those of numpy, zero for the same model, and equal if recomputed."""
+    monkeypatch.setattr(scoring, "MOST_STORED_BYTES", stored)
     model, params = text_model
-    tokens = np.random.default_rng(1).integers(0, 61, size=16 * 9 + 5)
+    tokens = np.random.default_rng(1).integers(0, 61, size=16 * 9)
     windows = corpora.windows(tokens, np.ones(61, np.int32), 16)
-    scorer = Scorer(model, params, None, windows, {"image": [], "spoken": []})
+    scorer = Scorer(model, params, None, {"books": windows}, {"image": [], "spoken": []})
+    assert bool(scorer.expected) == bool(stored)
     same = scorer.score(model, params)
-    assert (same["kl_text"], same["flips_text"]) == (0.0, 0.0)
+    assert (same["text"]["books"]["kl"], same["text"]["books"]["flips"]) == (0.0, 0.0)
     assert same["tap_in_box_image"] is None
 
     other = jax.tree.map(lambda leaf: leaf * 1.1, params)
@@ -131,14 +185,15 @@ def test_text_scores_match_numpy(text_model):
         logits = model.apply({"params": leaves}, windows.tokens)[0][:, :-1]
         logits = np.asarray(logits, np.float64)
         scores.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
-    expected, actual = (s[windows.scored] for s in scores)
-    targets = windows.tokens[:, 1:][windows.scored]
-    kl = np.mean(np.sum(np.exp(expected) * (expected - actual), axis=-1))
-    perplexity = np.exp(-np.mean(actual[np.arange(len(targets)), targets]))
-    measured = scorer.score(model, other)
-    assert measured["perplexity"] == pytest.approx(perplexity, rel=1e-5)
-    assert measured["kl_text"] == pytest.approx(kl, rel=1e-3)
-    assert measured["flips_text"] == np.mean(expected.argmax(-1) != actual.argmax(-1)) > 0
+    expected, actual = scores
+    kl = np.sum(np.exp(expected) * (expected - actual), axis=-1)
+    nats = -np.take_along_axis(actual, windows.tokens[:, 1:, None], axis=-1)[..., 0]
+    measured = scorer.score(model, other)["text"]["books"]
+    assert measured["perplexity"] == pytest.approx(np.exp(nats.mean()), rel=1e-5)
+    assert measured["kl"] == pytest.approx(kl.mean(), rel=1e-3)
+    assert measured["flips"] == pytest.approx((expected.argmax(-1) != actual.argmax(-1)).mean())
+    np.testing.assert_allclose(measured["window_nats"], nats.mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(measured["window_kl"], kl.mean(axis=1), rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -148,7 +203,7 @@ def test_question_scores_match_the_tap_evaluation():
     tokenizer = ge.load_tokenizer(ge.shipped("nano"))
     items = tap_items.draw_items(5, seed=11)
     windows = corpora.windows(np.arange(64), np.ones(model.config.decoder.vocab_size), 32)
-    scorer = Scorer(model, params, tokenizer, windows, {"image": items, "spoken": []})
+    scorer = Scorer(model, params, tokenizer, {"books": windows}, {"image": items, "spoken": []})
     same = scorer.score(model, params)
     assert (same["kl_image"], same["flips_image"]) == (0.0, 0.0)
     texts = tap_eval.answers(model, params, tokenizer, items)
