@@ -94,4 +94,5 @@ def test_a_reader_is_measured_in_this_process(tmp_path):
     make_checkpoint.write(SMALL, str(tmp_path / "out"), 1e9, seed=0)
     measured = bench_load.measure("safetensors flax", tmp_path / "out")
     assert measured["seconds"] > 0
-    assert measured["peak_bytes"] >= measured["imported_bytes"] > 10**6
+    # Linux counts pages per core and adds them up in batches, so that even a peak can fall a bit.
+    assert measured["peak_bytes"] >= 0.99 * measured["imported_bytes"] > 10**6
