@@ -63,7 +63,7 @@ BLOCKS = {
     "Q8_0": (32, 34),
 }
 # Types of tensors by code; the codes of removed types are missing.
-_TYPES = {
+TYPES = {
     **dict(enumerate(("F32", "F16", "Q4_0", "Q4_1"))),
     **dict(enumerate(("Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), 6)),
     **dict(enumerate(("Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S"), 15)),
@@ -373,7 +373,7 @@ def _read_tensor(cursor: _Cursor, index: int) -> tuple[str, str, tuple[int, ...]
         )
     shape = tuple(cursor.unpack("Q", part) for _ in range(dimensions))[::-1]
     code = cursor.unpack("I", part)
-    kind = _TYPES.get(code, f"of code {code}")
+    kind = TYPES.get(code, f"of code {code}")
     if kind not in BLOCKS:
         raise CheckpointError(
             f"{where}: type {kind} is unsupported; supported: {', '.join(BLOCKS)}; convert the "

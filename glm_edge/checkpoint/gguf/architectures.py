@@ -37,18 +37,7 @@ class Architecture:
     entries: Callable[[GLMConfig], list[TensorMapping]]
 
 
-def architecture_of(file: GGUFFile) -> Architecture:
-    """Find the architecture of a file.
-
-    Args:
-      file: the file.
-
-    Returns:
-      The architecture.
-
-    Raises:
-      ConfigError: the architecture is unknown, or the file is one part of several.
-    """
+def _architecture_of(file: GGUFFile) -> Architecture:
     name = file.metadata.get(ARCHITECTURE)
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ConfigError(
@@ -64,6 +53,25 @@ def architecture_of(file: GGUFFile) -> Architecture:
     return ARCHITECTURES[name]
 
 
+def read_config(file: GGUFFile) -> tuple[Architecture, GLMConfig]:
+    """Find the architecture of a file and read its configuration.
+
+    Args:
+      file: the file.
+
+    Returns:
+      `(architecture, config)`.
+
+    Raises:
+      ConfigError: the architecture is unknown, or a field is missing, malformed or unsupported.
+    """
+    architecture, where = _architecture_of(file), str(file.path)
+    try:
+        return architecture, architecture.read_config(file)
+    except ConfigError as error:
+        raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from error
+
+
 def _read_llama(file: GGUFFile) -> GLMConfig:
     where, prefix = str(file.path), "llama."
     names = {key for key in file.metadata if key.startswith(prefix)}
@@ -76,7 +84,7 @@ def _read_llama(file: GGUFFile) -> GLMConfig:
     heads = fields.get(f"{prefix}attention.head_count", int)
     head_dim = fields.get(f"{prefix}attention.key_length", int, max(1, hidden // heads))
     fields.expect(f"{prefix}attention.value_length", head_dim)
-    rotated = fields.get(f"{prefix}rope.dimension_count", int, head_dim)
+    fields.expect(f"{prefix}rope.dimension_count", head_dim)
     embedding = file.tensors.get("token_embd.weight")
     rows = None if embedding is None else embedding.shape[0]
     vocab = fields.get(f"{prefix}vocab_size", int, *([] if rows is None else [rows]))
@@ -92,18 +100,12 @@ def _read_llama(file: GGUFFile) -> GLMConfig:
         intermediate_size=fields.get(f"{prefix}feed_forward_length", int),
         rms_norm_eps=fields.get(f"{prefix}attention.layer_norm_rms_epsilon", float),
         rope_theta=fields.get(f"{prefix}rope.freq_base", float, 10000.0),
-        partial_rotary_factor=rotated / head_dim,
         # Converters reorder the rows of queries and keys to adjacent rotary pairs.
         rotary_interleaved=True,
         tie_embeddings=HEAD not in file.tensors,
         max_position_embeddings=fields.get(f"{prefix}context_length", int),
     )
     fields.finish()
-    if decoder.rotary_dim != rotated:
-        raise ConfigError(
-            f"{where}: field '{prefix}rope.dimension_count' is {rotated}; it must be at most "
-            f"{head_dim}, the dimensions of a head"
-        )
     name = file.metadata.get("general.name")
     return GLMConfig(
         name=name if isinstance(name, str) and name else file.path.stem,

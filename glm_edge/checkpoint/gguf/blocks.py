@@ -53,11 +53,12 @@ def dequantize(raw: np.ndarray, kind: str) -> np.ndarray:
     step = max(1, CHUNK_BYTES // max(1, raw.shape[1]))
     for start in range(0, len(raw), step):
         scale, minimum, codes = _split(raw[start : start + step], kind)
-        grouped = codes.astype(np.float32) * scale.astype(np.float32)[..., None]
-        if minimum is not None:
-            # w = d q + m, with q in 0..15 as the file stores it.
-            grouped = (codes.astype(np.float32) + 8) * scale.astype(np.float32)[..., None]
-            grouped += minimum.astype(np.float32)[..., None]
+        # w = d q, or w = d q + m with q in 0..15; `check_finite` refuses infinite scales.
+        with np.errstate(invalid="ignore"):
+            levels = codes.astype(np.float32) + (0 if minimum is None else 8)
+            grouped = levels * scale.astype(np.float32)[..., None]
+            if minimum is not None:
+                grouped += minimum.astype(np.float32)[..., None]
         rows[start : start + step] = grouped.reshape(len(grouped), -1)
     return rows
 

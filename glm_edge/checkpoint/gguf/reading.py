@@ -9,7 +9,7 @@ import flax.linen as nn
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint.gguf.architectures import architecture_of
+from glm_edge.checkpoint.gguf.architectures import read_config
 from glm_edge.checkpoint.gguf.blocks import FORMATS, box, dequantize, dtype_of
 from glm_edge.checkpoint.hugging_face.member import TensorMapping
 from glm_edge.checkpoint.hugging_face.reading import (
@@ -126,13 +126,11 @@ def open_file(path: Path) -> HuggingFaceSource:
 
 def build(path: Path) -> nn.Module:
     """Build the module that a file's metadata describe, without weights."""
-    file = GGUFFile(path)
-    return MultimodalGLM(architecture_of(file).read_config(file))
+    return MultimodalGLM(read_config(GGUFFile(path))[1])
 
 
 def _source_of(file: GGUFFile) -> HuggingFaceSource:
-    architecture = architecture_of(file)
-    config = architecture.read_config(file)
+    architecture, config = read_config(file)
     check_depth(config, len(file.tensors), str(file.path))
     model, entries = MultimodalGLM(config), architecture.entries(config)
     expected = expected_shapes(model)
