@@ -6,7 +6,8 @@ from pathlib import Path
 from glm_edge.errors import CheckpointError
 from glm_edge.files import file_inside, read_bytes
 from glm_edge.gguf_file import GGUFFile, find_gguf
-from glm_edge.preprocess.gguf_tokenizer import companion_files
+from glm_edge.preprocess.gguf_tokenizer import companion_files, describes_tokenizer
+from glm_edge.preprocess.tokenizer_files import TOKENIZER
 from glm_edge.writers import no_directory
 
 COMPANIONS = (
@@ -68,3 +69,21 @@ def read_companions(directory: str | os.PathLike) -> dict[str, bytes]:
         return companion_files(GGUFFile(file))
     paths = companion_paths(directory)
     return {name: read_bytes(path, MAX_COMPANION_BYTES) for name, path in paths.items()}
+
+
+def has_tokenizer(path: str | os.PathLike) -> bool:
+    """Test for a checkpoint directory, or a GGUF file, with a tokenizer.
+
+    Args:
+      path: checkpoint directory, or a GGUF file.
+
+    Returns:
+      True if `glm_edge.load_tokenizer` has something to read.
+
+    Raises:
+      CheckpointError: a GGUF file is damaged.
+    """
+    file = find_gguf(path)
+    if file is not None:
+        return describes_tokenizer(GGUFFile(file))
+    return os.path.lexists(Path(path) / TOKENIZER)

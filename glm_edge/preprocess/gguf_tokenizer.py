@@ -31,6 +31,11 @@ NAMED_TOKENS = {
 }
 
 
+def describes_tokenizer(file: GGUFFile) -> bool:
+    """Test for a file with a tokenizer, of any kind."""
+    return f"{PREFIX}model" in file.metadata
+
+
 def read_gguf_tokenizer(file: GGUFFile) -> tokenizers.Tokenizer:
     """Build the tokenizer that a GGUF file describes.
 
@@ -161,7 +166,7 @@ def companion_files(file: GGUFFile) -> dict[str, bytes]:
       CheckpointError: the tokenizer is damaged or of an unsupported kind.
       ConfigError: a field is not a token id.
     """
-    if f"{PREFIX}model" not in file.metadata:
+    if not describes_tokenizer(file):
         return {}
     names: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **named_tokens(file)}
     template = chat_template(file)
