@@ -3,13 +3,16 @@
     python -m experiments.bench.quality --text=wt103_valid.txt \\
         --calibration_text=wt103_train_head.txt --digits_dir=DIR --speech_dir=DIR --out_dir=out
 
-Quantizes the decoder of the shipped model by every method of `bench/peers/methods.py`, and loads
-each method's effective weights into one float32 model. The same compiled program scores all:
-perplexity of --text, taps on phone screens for written and spoken instructions, and, per modality,
-the mean KL divergence from float32 (nats) and the fraction of changed top-1 tokens (for questions:
-along the float32 model's answers). Bits are those that a method stores, including scales, zero
-points and headers. "packed" counts codes at their width, since some peers pack them only in their
-kernels. Two rows without compression show the noise.
+Quantizes the decoder of --checkpoint (default: the shipped model) by every method of
+`bench/peers/methods.py`, and loads each method's effective weights into one float32 model. The same
+compiled program scores all: perplexity of --text, taps on phone screens for written and spoken
+instructions, and, per modality, the mean KL divergence from float32 (nats) and the fraction of
+changed top-1 tokens (for questions: along the float32 model's answers). Bits are those that a
+method stores, including scales, zero points and headers. "packed" counts codes at their width,
+since some peers pack them only in their kernels. Two rows without compression show the noise.
+
+A model without vision, such as --checkpoint=smollm2, is measured on text only. Its weights are
+already on a 4-bit grid, see `experiments/common/real_models.py`.
 
 All methods calibrate on the same --calibration_windows of --calibration_text, and on screens if the
 method accepts inputs of layers. Screens, digits, speakers and text differ from those of the
@@ -58,7 +61,9 @@ from experiments.common import calibration_data, eval_data, tap_items
 from experiments.common.child import Child, ChildError
 from experiments.common.provenance import commit, machine
 from glm_edge import params as boxes
+from glm_edge.checkpoint.companions import read_companions
 from glm_edge.cli import corpora
+from glm_edge.cli.checkpoints import CHECKPOINT_HELP, NANO, checkpoint_of
 from glm_edge.cli.console import launch, refuse_arguments
 from glm_edge.cli.loss import WINDOW
 from glm_edge.cli.run import versions as package_versions
@@ -85,6 +90,7 @@ def define_shared_flags() -> None:
     flags.DEFINE_string(
         "out_dir", None, "Output directory, with one JSON file per method.", required=True
     )
+    flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
     flags.DEFINE_string("text", None, "UTF-8 file for the measurement.", required=True)
     flags.DEFINE_string("calibration_text", None, "UTF-8 file for calibration.")
     flags.DEFINE_integer("text_tokens", 60000, "Maximum number of tokens to score.", 512)
@@ -172,6 +178,8 @@ def run_settings() -> dict[str, Any]:
         settings[name] = path and f"{zlib.crc32(corpora.read_text(path).encode()):08x}"
     for name in ("digits_dir", "speech_dir"):
         settings[name] = FLAGS[name].value and Path(FLAGS[name].value).name
+    if FLAGS.checkpoint not in (None, "", NANO):
+        settings["checkpoint"] = Path(FLAGS.checkpoint).name
     return {**settings, "speakers": ",".join(FLAGS.speakers)}
 
 
@@ -186,10 +194,11 @@ def finished(results: Path, method: Method, settings: dict[str, Any]) -> bool:
         return False
     row = json.loads(path.read_text(encoding="utf-8"))
     if row["settings"] != settings:
-        other = next(k for k in settings if row["settings"].get(k) != settings[k])
+        names = {**settings, **row["settings"]}
+        other = next(k for k in names if row["settings"].get(k) != settings.get(k))
         raise OutputError(
             f"{path}: measured with {other} {row['settings'].get(other)!r}, requested "
-            f"{settings[other]!r}; use a different --out_dir"
+            f"{settings.get(other)!r}; use a different --out_dir"
         )
     return row["options"] == json.loads(as_json(method))
 
@@ -204,7 +213,7 @@ class Gathered:
     """The model, and its data for measurement and calibration.
 
     Attributes:
-      checkpoint: directory of the model.
+      checkpoint: path of the model.
       model: the float32 model.
       params: its parameters.
       tokenizer: tokenizer of the model.
@@ -228,15 +237,17 @@ class Gathered:
         return calibration_data.token_batches(self.learned, count, size)
 
     def screens(self, count: int) -> list[dict[str, Any]]:
-        """Draw calibration batches of four screens."""
+        """Draw calibration batches of four screens; none for a model without vision."""
+        if self.model.config.vision is None:
+            return []
         return calibration_data.screen_batches(
             self.model.config, self.tokenizer, self.utterances, FLAGS.digits_dir, FLAGS.seed, count
         )
 
 
 def gather() -> Gathered:
-    """Load the shipped model and read the data that the flags name."""
-    checkpoint = ge.shipped("nano")
+    """Load the model and read the data that the flags name."""
+    checkpoint = checkpoint_of(FLAGS.checkpoint)
     model, params = ge.load(checkpoint, dtype="float32")
     tokenizer = ge.load_tokenizer(checkpoint)
     if FLAGS.calibration_text:
@@ -247,12 +258,15 @@ def gather() -> Gathered:
     learned = corpora.encode_text(tokenizer, learned)
     tokens = corpora.encode_text(tokenizer, held_out)[: FLAGS.text_tokens]
     windows = corpora.windows(tokens, corpora.token_bytes(tokenizer), WINDOW)
-    heard, others, notes = eval_data.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    draw = [FLAGS.screens, FLAGS.seed, FLAGS.digits_dir]
-    questions = {"image": tap_items.draw_items(*draw)}
-    questions["spoken"] = tap_items.draw_items(*draw, heard) if heard else []
+    questions: dict[str, list[tap_items.Item]] = {"image": [], "spoken": []}
+    others: Sequence[Any] = []
+    if model.config.vision is not None:
+        heard, others, notes = eval_data.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        draw = [FLAGS.screens, FLAGS.seed, FLAGS.digits_dir]
+        questions["image"] = tap_items.draw_items(*draw)
+        questions["spoken"] = tap_items.draw_items(*draw, heard) if heard else []
     return Gathered(checkpoint, model, params, tokenizer, learned, windows, questions, others)
 
 
@@ -270,10 +284,11 @@ class Bench:
         self.data = gather()
         self.checkpoint, self.model = self.data.checkpoint, self.data.model
         self.params = self.data.params
-        self._write(
-            self.data.texts(FLAGS.calibration_windows // 8),
-            self.data.screens(FLAGS.calibration_screens // 4),
-        )
+        texts = self.data.texts(FLAGS.calibration_windows // 8)
+        screens = self.data.screens(FLAGS.calibration_screens // 4)
+        self._write_calibration(texts, screens)
+        if any(method.peer not in (OURS, REFERENCE) for method in chosen):
+            self._write_for_peers(texts, screens)
         if any(method.calibration == "training" for method in chosen):
             self._write_training()
         self.scorer = Scorer(
@@ -361,11 +376,14 @@ class Bench:
             corpora.write_text(log, error.log, overwrite=True)
             return None
 
-    def _write(self, texts: list[dict[str, Any]], screens: list[dict[str, Any]]) -> None:
-        """Write weights, calibration batches and inputs of layers for all peers."""
+    def _write_calibration(self, texts: list[Any], screens: list[Any]) -> None:
+        """Write calibration batches."""
         (self.work / "calibration").mkdir(parents=True, exist_ok=True)
         for index, batch in enumerate(alternate(texts, screens)):
             np.savez(self.work / "calibration" / f"{index:03d}.npz", **batch)
+
+    def _write_for_peers(self, texts: list[Any], screens: list[Any]) -> None:
+        """Write weights and inputs of layers for all peers."""
         leaves = dict(boxes.path_items(self.params))
         decoder = {p: np.asarray(leaves[p]) for p in boxes.select(self.params, DECODER)}
         np.savez(self.work / "weights.npz", **decoder)
@@ -379,10 +397,10 @@ class Bench:
         config = dataclasses.replace(
             self.model.config, vision=None, speech=None, image_token_id=None, audio_token_id=None
         )
-        params = {name: self.params[name] for name in ("embed", "decoder")}
+        params = {n: self.params[n] for n in ("embed", "decoder", "head") if n in self.params}
         ge.save(
             ge.MultimodalGLM(config), params, self.work / "hugging_face", "hugging_face", True,
-            {"tokenizer.json": self.checkpoint / "tokenizer.json"},
+            {"tokenizer.json": read_companions(self.checkpoint)["tokenizer.json"]},
         )  # fmt: skip
 
     def _write_training(self) -> None:

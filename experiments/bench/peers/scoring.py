@@ -4,7 +4,7 @@ Shapes: `W` windows of `T` tokens, `N` questions, `A` answer tokens, `V` vocabul
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from experiments.common import tap_eval, tap_items
 from glm_edge.cli import corpora
 
 WINDOWS = 8
+# Limit of the reference's log-probabilities that stay in memory.
+MAX_STORED_BYTES = 1 << 32
 
 
 class Scorer:
@@ -46,9 +48,9 @@ class Scorer:
         self.answered = {
             kind: self._generate(model, params, batches) for kind, batches in self.prompts.items()
         }
-        self.expected = [
-            np.asarray(_window_scores(model, params, tokens)) for tokens, _ in self._batches()
-        ]
+        self._reference = (model, params)
+        size = 4 * windows.tokens.size * model.config.decoder.vocab_size
+        self._stored = None if size > MAX_STORED_BYTES else list(self._expected())
         self.expected_answers = {
             kind: self._answer_scores(model, params, kind) for kind in self.prompts
         }
@@ -92,9 +94,16 @@ class Scorer:
             fresh = np.arange(start, start + WINDOWS) < count
             yield self.windows.tokens[index], self.windows.scored[index] & fresh[:, None]
 
+    def _expected(self) -> Iterator[np.ndarray]:
+        """Yield the reference's log-probabilities of each batch."""
+        for tokens, _ in self._batches():
+            yield np.asarray(_window_scores(*self._reference, tokens))
+
     def _text(self, model: Any, params: Any) -> dict[str, float]:
         total, windows = np.zeros(3), []
-        for (tokens, counted), expected in zip(self._batches(), self.expected, strict=True):
+        # Those of a large vocabulary do not fit in memory, and are computed again for each model.
+        expected_scores = self._expected() if self._stored is None else self._stored
+        for (tokens, counted), expected in zip(self._batches(), expected_scores, strict=True):
             scores = _window_scores(model, params, tokens)
             measured = _window_statistics(scores, expected, tokens)
             sums = [np.sum(np.asarray(m, np.float64) * counted, axis=1) for m in measured]

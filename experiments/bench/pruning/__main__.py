@@ -3,11 +3,11 @@
     python -m experiments.bench.pruning --text=wt103_valid.txt \\
         --calibration_text=wt103_train_head.txt --digits_dir=DIR --speech_dir=DIR --out_dir=out
 
-Prunes the decoder of the shipped model by every method of `bench/pruning/rows.py` and scores it
-like `experiments.bench.quality`. Scores are perplexity of --text with the interval of its increase,
-taps on phone screens for written and spoken instructions, and, per modality, the mean KL divergence
-from float32 (nats) and the fraction of changed top-1 tokens. Two rows without pruning show the
-noise.
+Prunes the decoder of --checkpoint (default: the shipped model) by every method of
+`bench/pruning/rows.py` and scores it like `experiments.bench.quality`. Scores are perplexity of
+--text with the interval of its increase, taps on phone screens for written and spoken instructions,
+and, per modality, the mean KL divergence from float32 (nats) and the fraction of changed top-1
+tokens. Two rows without pruning show the noise.
 
 At unstructured 50 % and at 2:4, glm_edge is compared with magnitude, Wanda, SparseGPT and
 JaxPruner's magnitude, reimplemented in float64 numpy (`bench/peers/sparsity.py`; JaxPruner cannot

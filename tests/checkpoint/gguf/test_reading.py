@@ -156,6 +156,24 @@ def test_save_writes_a_directory_that_reloads(write, tmp_path, weights):
     assert first.pad_token_id == second.pad_token_id == 0
 
 
+@pytest.mark.slow
+def test_transformers_opens_a_saved_file(write, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs the extra `reference`")
+    transformers = pytest.importorskip("transformers", reason="needs the extra `reference`")
+    path = write(tensors=tiny_tensors(tied=False))
+    model, params = ge.load(path)
+    copy = ge.save(model, params, tmp_path / "copy", source=path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(copy, dtype="float32").eval()
+    tokens = np.arange(40).reshape(2, 20) * 7 % model.config.decoder.vocab_size
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens)).logits.numpy()
+    logits, _ = jax.jit(model.apply)({"params": params}, tokens)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(copy)
+    text = "the 12 <|im_end|>"
+    assert tokenizer(text).input_ids == ge.load_tokenizer(path).encode(text).ids
+
+
 def test_load_places_boxes_on_a_mesh(write):
     path = write()
     mesh = jax.make_mesh((1, 1), ("data", "model"))

@@ -59,6 +59,11 @@ def test_a_finished_row_is_kept_unless_its_options_changed(tmp_path):
     assert not bench_quality.finished(tmp_path, other, settings)
     with pytest.raises(OutputError, match=r"screens 3, requested 4; use a different --out_dir"):
         bench_quality.finished(tmp_path, method, {**settings, "screens": 4})
+    with pytest.raises(OutputError, match="checkpoint None, requested 'smollm2'"):
+        bench_quality.finished(tmp_path, method, {**settings, "checkpoint": "smollm2"})
+    (tmp_path / "one.json").write_text(json.dumps({**row, "settings": {**settings, "x": 1}}))
+    with pytest.raises(OutputError, match="measured with x 1, requested None"):
+        bench_quality.finished(tmp_path, method, settings)
 
 
 def row(method: str, peer: str, kind: str, bits: float, perplexity: float, where=DECODER):
@@ -113,6 +118,17 @@ def text_model():
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     # Larger than at the start, so that predictions differ from the uniform one.
     return model, jax.tree.map(lambda leaf: 3 * leaf, params)
+
+
+def test_text_scores_are_equal_if_the_reference_is_not_stored(text_model, monkeypatch):
+    model, params = text_model
+    windows = corpora.windows(np.arange(61), np.ones(61, np.int32), 16)
+    other = jax.tree.map(lambda leaf: leaf * 1.1, params)
+    stored = Scorer(model, params, None, windows, {}).score(model, other)
+    monkeypatch.setattr("experiments.bench.peers.scoring.MAX_STORED_BYTES", 0)
+    again = Scorer(model, params, None, windows, {})
+    assert again._stored is None
+    assert again.score(model, other) == stored
 
 
 def test_text_scores_match_numpy(text_model):
