@@ -63,7 +63,7 @@ def is_require(call: ast.Call) -> bool:
 
 
 def required_modules() -> list[tuple[str, str, str]]:
-    """Every `require(module, extra=...)`, also of folders, with literal arguments: file, module, extra."""
+    """Every `require(module, extra=...)` with literal arguments, as (file, module, extra)."""
     results = []
     for folder in ("glm_edge", "experiments"):
         for path in sorted((ROOT / folder).rglob("*.py")):
