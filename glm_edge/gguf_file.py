@@ -169,14 +169,17 @@ def find_gguf(path: str | os.PathLike) -> Path | None:
       path: a file, or a directory. A directory with a config.json is not a GGUF checkpoint.
 
     Returns:
-      The file itself, the only `.gguf` file of the directory, or None.
+      The file itself if it ends in `.gguf` or begins like one, the only `.gguf` file of the
+      directory, or None.
 
     Raises:
-      CheckpointError: the directory has several such files, or its file is a link that leaves it.
+      CheckpointError: the directory has several such files, its file is a link that leaves it, or
+        the file cannot be read.
     """
     path = Path(path)
     if os.path.isfile(path):
-        return path
+        # Files of a download cache are named by their hash.
+        return path if path.suffix == SUFFIX or _begins_like_gguf(path) else None
     if not os.path.isdir(path) or os.path.lexists(path / CONFIG):
         return None
     names = sorted(file.name for file in path.glob(f"*{SUFFIX}"))
@@ -186,6 +189,11 @@ def find_gguf(path: str | os.PathLike) -> Path | None:
             "pass the path of one of them"
         )
     return file_inside(path, names[0]) if names else None
+
+
+def _begins_like_gguf(path: Path) -> bool:
+    with opened(path) as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 class _Cursor:

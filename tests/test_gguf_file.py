@@ -179,6 +179,10 @@ def test_find_gguf_finds_the_only_file_of_a_directory(tmp_path, write):
     path = write()
     assert find_gguf(tmp_path) == find_gguf(path) == path
     assert find_gguf(tmp_path / "absent") is None
+    (tmp_path / "0a1b").write_bytes(path.read_bytes())
+    assert find_gguf(tmp_path / "0a1b") == tmp_path / "0a1b"
+    (tmp_path / "notes.txt").write_text("GGML")
+    assert find_gguf(tmp_path / "notes.txt") is None
     shutil.copy(path, tmp_path / "b.gguf")
     with pytest.raises(CheckpointError, match=r"2 GGUF files, such as a\.gguf and b\.gguf"):
         find_gguf(tmp_path)

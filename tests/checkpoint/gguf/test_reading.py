@@ -261,7 +261,30 @@ def test_load_refuses_arguments_without_meaning(write, tmp_path):
     with pytest.raises(CheckpointError, match="remove model="):
         ge.load(path, model=ge.build(path))
     (tmp_path / "a.txt").write_text("not a model at all")
-    with pytest.raises(CheckpointError, match="not a GGUF file"):
+    with pytest.raises(CheckpointError, match=r"a\.txt: is a file; a checkpoint is a directory"):
         ge.load(tmp_path / "a.txt")
+    (tmp_path / "a.gguf").write_text("not a model at all")
+    with pytest.raises(CheckpointError, match="not a GGUF file"):
+        ge.load(tmp_path / "a.gguf")
     with pytest.raises(CheckpointError, match="does not exist"):
         ge.load(tmp_path / "absent.gguf")
+
+
+def test_mutations_of_a_header_load_or_raise_one_error(write):
+    """Bytes of the header, changed at random, never raise another exception."""
+    path = write()
+    original = path.read_bytes()
+    header = len(original) - sum(-(-len(raw) // 32) * 32 for _, _, raw in tiny_tensors().values())
+    rng, messages = np.random.default_rng(0), []
+    for _ in range(80):
+        mutated = bytearray(original)
+        for position in rng.integers(0, header, rng.integers(1, 4)):
+            mutated[position] = rng.integers(0, 256)
+        path.write_bytes(mutated)
+        try:
+            open_lazily(path)
+            ge.Processor.from_checkpoint(path)
+        except GlmEdgeError as error:
+            messages.append(str(error))
+    assert len(messages) > 40
+    assert all(message.isprintable() for message in messages)
