@@ -58,15 +58,15 @@ def test_smollm2_loads_with_its_published_shape(smollm2):
 @pytest.mark.skipif(not DATA.is_dir(), reason="GLM_EDGE_DATA names no folder of data")
 def test_smollm2_predicts_text(smollm2, optimized):
     model, params, tokenizer = smollm2
-    text = (DATA / "text_books" / "war_and_peace_test.txt").read_text(encoding="utf-8")[:20000]
+    text = (DATA / "text_books" / "war_and_peace_train.txt").read_text(encoding="utf-8")[:20000]
     ids = tokenizer.encode(text).ids
     rows = np.resize(ids, (len(ids) // 256, 256))[:8]
     windows = corpora.windows(rows.reshape(-1), corpora.token_bytes(tokenizer), 256)
     measured = text_loss(model, params, windows, batch=2)
     assert windows.num_scored == 2040
-    # Measured once with another reader and the same text.
-    assert measured["perplexity"] == pytest.approx(36.4, abs=0.05)
-    assert measured["bits_per_byte"] == pytest.approx(1.253, abs=0.01)
+    # Computed by the package gguf, a tokenizer built by hand, and transformers' LlamaForCausalLM.
+    assert measured["perplexity"] == pytest.approx(39.7298, rel=1e-4)
+    assert measured["bits_per_byte"] == pytest.approx(1.334415, rel=1e-4)
 
 
 @pytest.mark.slow
