@@ -115,9 +115,9 @@ def random_tensor(
 
 
 def vocabulary() -> tuple[list[str], list[str]]:
-    """Lists the tokens of a byte-level vocabulary with two merges, and these merges."""
+    """Lists the tokens of a byte-level vocabulary with merges, one of digits, and these merges."""
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet())]
-    return [*tokens, "Ġt", "Ġth"], ["Ġ t", "Ġt h"]
+    return [*tokens, "Ġt", "Ġth", "12"], ["Ġ t", "Ġt h", "1 2"]
 
 
 def tokenizer_fields() -> dict[str, Any]:
