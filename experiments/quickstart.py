@@ -30,6 +30,7 @@ from experiments.common import eval_data, exported_eval, stage_eval
 from experiments.common.figures import pareto
 from experiments.common.outputs import prepare_directory
 from experiments.common.provenance import provenance_of
+from glm_edge.cli.checkpoints import CHECKPOINT_HELP
 from glm_edge.cli.console import launch, progress
 from glm_edge.cli.corpora import write_text
 from glm_edge.compress.transform import Context, Transform
@@ -57,7 +58,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "out_dir", "out", "Output directory; must not contain results without --overwrite."
     )
-    flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
+    flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
     flags.DEFINE_string(
         "text", None, "UTF-8 file: a third for healing, the rest for the measurement."
     )

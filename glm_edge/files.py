@@ -22,9 +22,12 @@ MAX_DIGITS = 20
 MAX_FILE_NAME = 255
 MAX_SHOWN = 400
 MAX_TEXT_BYTES = 1 << 20
+# Alignment in bytes of a buffer that jax uses without a copy.
+ALIGNMENT = 64
 
 BinaryFile = io.FileIO | io.BytesIO
 ErrorType = type[GlmEdgeError]
+Version = tuple[int, int]
 
 
 def file_inside(directory: Path, name: str, error: ErrorType = CheckpointError) -> Path:
@@ -159,6 +162,40 @@ def fill(
                 "truncated while it was read"
             )
         done += count
+
+
+def version_of(file: io.FileIO) -> Version:
+    """Return size and modification time of an open file, to detect changes between reads."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def read_span(path: Path, begin: int, size: int, version: Version, where: str) -> np.ndarray:
+    """Read a part of a file whose header was read before.
+
+    Args:
+      path: file path.
+      begin: offset of the first byte.
+      size: count of bytes.
+      version: `version_of` the file when its header was read.
+      where: file and tensor for messages.
+
+    Returns:
+      Bytes in new memory, uint8 [size], aligned such that jax uses them without a copy.
+
+    Raises:
+      CheckpointError: the file cannot be read, was truncated, or changed since then.
+    """
+    with opened(path) as file:
+        if version_of(file) != version:
+            raise CheckpointError(
+                f"{where}: the file changed since its header was read; load it again"
+            )
+        buffer = np.empty(size + ALIGNMENT, np.uint8)
+        raw = buffer[-buffer.ctypes.data % ALIGNMENT :][:size]
+        file.seek(begin)
+        fill(file, raw, where)
+        return raw
 
 
 def read_bytes(path: str | os.PathLike, limit: int, error: ErrorType = CheckpointError) -> bytes:

@@ -510,7 +510,9 @@ def no_directory(path: Path) -> str:
         fault = "does not exist"
     except (OSError, ValueError) as error:
         fault = f"cannot be opened ({getattr(error, 'strerror', None) or error})"
-    message = f"{shown_path(path)}: {fault}; a checkpoint is a directory with {CONFIG}"
+    message = (
+        f"{shown_path(path)}: {fault}; a checkpoint is a directory with {CONFIG}, or a GGUF file"
+    )
     aside = moved_aside(path)
     if aside is not None:
         message += f"; an interrupted save left the old one as {aside.name}"

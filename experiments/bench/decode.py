@@ -2,7 +2,8 @@
 
     python -m experiments.bench.decode --shape=glm_edge_1_5b --dtype=float32 --out=decode.json
 
-Both sides use the same random weights (one copy in memory) and batch size 1. They alternate in each
+Both sides use the same weights (one copy in memory) and batch size 1: random ones of --shape, or
+those of --checkpoint. They alternate in each
 round; a ratio above 1 means that glm_edge is faster. A prefill is timed until the first token is
 available, a decoding step until the next token is.
 """
@@ -21,13 +22,18 @@ import jax
 import numpy as np
 from absl import flags
 
+import glm_edge as ge
 from experiments.common.provenance import provenance_of
 from glm_edge import generate
+from glm_edge import params as boxes
+from glm_edge.checkpoint.hugging_face.decoders import decoder_entries
+from glm_edge.cli.checkpoints import NAMED, checkpoint_of
 from glm_edge.cli.console import launch, print_table
 from glm_edge.cli.corpora import write_text
 from glm_edge.configs import GLMConfig, preset
-from glm_edge.errors import require
+from glm_edge.errors import CheckpointError, require
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import nested
 
 SHAPES = {"tiny": "tiny", "mobile": "mobile", "glm_edge_1_5b": "large"}
 # Threads of torch spin for a while after their work, and would slow the next measurement.
@@ -39,6 +45,9 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Define this script's flags."""
     flags.DEFINE_enum("shape", "mobile", list(SHAPES), "Shape of the decoder.")
+    flags.DEFINE_string(
+        "checkpoint", None, f"Model instead of --shape: a path, or {', '.join(NAMED)}."
+    )
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the weights.")
     flags.DEFINE_enum("compute", "float32", ["float32", "bfloat16"], "Arithmetic of glm_edge.")
     flags.DEFINE_list("prompts", ["128", "512"], "Prompt lengths in tokens.")
@@ -52,11 +61,20 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    config = text_only(preset(SHAPES[FLAGS.shape]))
+    stored = None
+    if FLAGS.checkpoint:
+        model, stored = ge.load(checkpoint_of(FLAGS.checkpoint), dtype=FLAGS.dtype)
+        if not isinstance(model, MultimodalGLM):
+            raise CheckpointError(f"--checkpoint={FLAGS.checkpoint}: has no decoder")
+        config = text_only(model.config)
+    else:
+        config = text_only(preset(SHAPES[FLAGS.shape]))
     peer = Transformers(config, FLAGS.dtype, FLAGS.threads, FLAGS.seed)
+    if stored is not None:
+        peer.set_params(stored)
     ours = Ours(MultimodalGLM(config, FLAGS.compute), peer.params())
     rng = np.random.default_rng(FLAGS.seed)
-    vocabulary = min(config.eos_token_ids)
+    vocabulary = config.decoder.vocab_size if FLAGS.checkpoint else min(config.eos_token_ids)
     prompts = {int(n): rng.integers(0, vocabulary, (1, int(n))) for n in FLAGS.prompts}
     first, same = {}, {}
     for length, prompt in prompts.items():
@@ -74,7 +92,16 @@ def main(argv: Sequence[str]) -> None:
 
 def provenance(peer: "Transformers") -> dict[str, Any]:
     """Describe the run and the peer."""
-    flags_used = ("shape", "dtype", "compute", "rounds", "decode_tokens", "threads", "seed")
+    flags_used = (
+        "checkpoint",
+        "shape",
+        "dtype",
+        "compute",
+        "rounds",
+        "decode_tokens",
+        "threads",
+        "seed",
+    )
     return provenance_of("bench.decode", flags_used, versions=peer.versions)
 
 
@@ -107,7 +134,7 @@ class Transformers:
         self.versions = {n.__name__: n.__version__ for n in (self.torch, transformers)}
         self.torch.set_num_threads(threads)
         self.torch.manual_seed(seed)
-        decoder = config.decoder
+        self.decoder = decoder = config.decoder
         self.model = transformers.GlmForCausalLM._from_config(
             transformers.GlmConfig(
                 vocab_size=decoder.vocab_size,
@@ -132,27 +159,23 @@ class Transformers:
             dtype=getattr(self.torch, dtype),
         ).eval()
 
+    def set_params(self, params: Any) -> None:
+        """Copy glm_edge's parameters."""
+        leaves = dict(boxes.path_items(params))
+        with self.torch.no_grad():
+            for path, weight in self._weights().items():
+                weight.copy_(self.torch.from_dlpack(leaves[path]))
+
     def params(self) -> dict[str, Any]:
         """Return its weights as glm_edge parameters, in the same memory."""
         read = jax.dlpack.from_dlpack
-        weights = {name: read(w.detach()) for name, w in self.model.named_parameters()}
+        return nested({path: read(w.detach()) for path, w in self._weights().items()})
 
-        def of(name: str) -> dict[str, jax.Array]:
-            return {"weight": weights[f"model.{name}.weight"]}
-
-        def layer(index: int) -> dict[str, Any]:
-            at = f"layers.{index}"
-            names = ("q_proj", "k_proj", "v_proj", "o_proj")
-            return {
-                "input_norm": of(f"{at}.input_layernorm"),
-                "post_attention_norm": of(f"{at}.post_attention_layernorm"),
-                "attention": {name: of(f"{at}.self_attn.{name}") for name in names},
-                "mlp": {name: of(f"{at}.mlp.{name}") for name in ("gate_up_proj", "down_proj")},
-            }
-
-        count = self.model.config.num_hidden_layers
-        layers = {str(index): layer(index) for index in range(count)}
-        return {"embed": of("embed_tokens"), "decoder": {"layers": layers, "norm": of("norm")}}
+    def _weights(self) -> dict[str, Any]:
+        """Return its weights by the paths of glm_edge's parameters."""
+        weights = dict(self.model.named_parameters())
+        entries = decoder_entries(self.decoder, "model.", "lm_head")
+        return {entry.paths[0]: weights[entry.names[0]] for entry in entries}
 
     def run(self, prompt: np.ndarray, count: int) -> list[tuple[int, float]]:
         """Generate tokens; return each with its seconds."""

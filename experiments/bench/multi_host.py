@@ -26,6 +26,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 import glm_edge as ge
+from glm_edge.cli.checkpoints import CHECKPOINT_HELP, checkpoint_of
 from glm_edge.cli.console import launch
 from glm_edge.errors import ConfigError
 from glm_edge.generate import generate
@@ -37,7 +38,7 @@ TOLERANCE = 1e-4
 
 def define_flags() -> None:
     """Define this script's flags."""
-    flags.DEFINE_string("checkpoint", None, "Directory of a checkpoint; default: shipped nano.")
+    flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
     flags.DEFINE_integer("launch", 0, "Number of processes to start on this machine's CPU.", 0)
     flags.DEFINE_integer(
         "devices_per_process", 4, "Number of simulated devices per process with --launch.", 1
@@ -159,8 +160,8 @@ def report(logits: np.ndarray, tokens: np.ndarray) -> None:
 
 
 def checkpoint() -> Any:
-    """Return the directory of the checkpoint."""
-    return FLAGS.checkpoint or ge.shipped()
+    """Return the path of the checkpoint."""
+    return checkpoint_of(FLAGS.checkpoint)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
     python -m experiments.bench.quality --text=encyclopedia.txt,books.txt \\
         --calibration_text=train.txt --digits_dir=DIR --speech_dir=DIR --out_dir=out
 
-Quantizes the decoder of the shipped model by every method of `bench/peers/methods.py`, and loads
-each method's effective weights into one float32 model. The same compiled program scores all. Each
-file of --text is a domain, and so is the evaluation half of CPython's help. Per domain, a row has
-the mean KL divergence from float32 (nats) and the increase of perplexity, with 95 % intervals by
-the bootstrap over windows, paired with float32's. Taps on phone screens follow, for written and
-spoken instructions, with KL and the fraction of changed top-1 tokens along the float32 model's
-answers. Bits are those that a method stores, including scales, zero points and headers. "packed"
-counts codes at their width, since some peers pack them only in their kernels. Two rows without
-compression show the noise.
+Quantizes the decoder of --checkpoint (default: the shipped model) by every method of
+`bench/peers/methods.py`, and loads each method's effective weights into one float32 model. The same
+compiled program scores all. Each file of --text is a domain, and so is the evaluation half of
+CPython's help (--notext_help excludes it). Per domain, a row has the mean KL divergence from
+float32 (nats) and the increase of perplexity, with 95 % intervals by the bootstrap over windows,
+paired with float32's. Taps on phone screens follow, for written and spoken instructions, with KL
+and the fraction of changed top-1 tokens along the float32 model's answers. Bits are those that a
+method stores, including scales, zero points and headers. "packed" counts codes at their width,
+since some peers pack them only in their kernels. Two rows without compression show the noise.
+
+A model without vision, such as --checkpoint=smollm2, is measured on text only. Its weights are
+already on a 4-bit grid, see `experiments/common/real_models.py`.
 
 All methods calibrate on the same --calibration_windows of --calibration_text, and on screens if the
 method accepts inputs of layers. Screens, digits, speakers and text differ from those of the
@@ -61,7 +64,9 @@ from experiments.common import calibration_data, eval_data, tap_items, text_doma
 from experiments.common.child import Child, ChildError
 from experiments.common.provenance import provenance_of
 from glm_edge import params as boxes
+from glm_edge.checkpoint.companions import read_companions
 from glm_edge.cli import corpora
+from glm_edge.cli.checkpoints import CHECKPOINT_HELP, NANO, checkpoint_of
 from glm_edge.cli.console import launch, refuse_arguments
 from glm_edge.compress.batches import INPUTS
 from glm_edge.errors import DataError, OutputError
@@ -86,13 +91,14 @@ def define_shared_flags() -> None:
     flags.DEFINE_string(
         "out_dir", None, "Output directory, with one JSON file per method.", required=True
     )
+    flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
     flags.DEFINE_list(
         "text",
         None,
         "UTF-8 files for the measurement, one per domain, which is named by its file.",
         required=True,
     )
-    flags.DEFINE_bool("pydoc", True, "Also measure on the evaluation half of CPython's help.")
+    flags.DEFINE_bool("text_help", True, "Measure also on half of CPython's help topics.")
     flags.DEFINE_string("calibration_text", None, "UTF-8 file for calibration.", required=True)
     flags.DEFINE_integer("text_tokens", 65536, "Maximum number of tokens to score per domain.", 512)
     flags.DEFINE_integer("calibration_windows", 64, "Number of calibration windows of text.", 8)
@@ -174,11 +180,13 @@ def run_settings() -> dict[str, Any]:
     """Return the settings that all rows of a table share, with a checksum of the text."""
     names = ("text_tokens", "calibration_windows", "calibration_screens", "screens", "seed")
     settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
-    settings["text"] = text_domains.checksums(text_domains.held_out(FLAGS.text, FLAGS.pydoc))
+    settings["text"] = text_domains.checksums(text_domains.held_out(FLAGS.text, FLAGS.text_help))
     learned = {"calibration_text": corpora.read_text(FLAGS.calibration_text)}
     settings |= text_domains.checksums(learned)
     for name in ("digits_dir", "speech_dir"):
         settings[name] = FLAGS[name].value and Path(FLAGS[name].value).name
+    if FLAGS.checkpoint not in (None, "", NANO):
+        settings["checkpoint"] = Path(FLAGS.checkpoint).name
     return {**settings, "speakers": ",".join(FLAGS.speakers)}
 
 
@@ -193,10 +201,11 @@ def finished(results: Path, method: Method, settings: dict[str, Any]) -> bool:
         return False
     row = json.loads(path.read_text(encoding="utf-8"))
     if row["settings"] != settings:
-        other = next(k for k in settings if row["settings"].get(k) != settings[k])
+        names = {**settings, **row["settings"]}
+        other = next(k for k in names if row["settings"].get(k) != settings.get(k))
         raise OutputError(
             f"{path}: measured with {other} {row['settings'].get(other)!r}, requested "
-            f"{settings[other]!r}; use a different --out_dir"
+            f"{settings.get(other)!r}; use a different --out_dir"
         )
     return row["options"] == json.loads(as_json(method))
 
@@ -211,7 +220,7 @@ class Gathered:
     """The model, and its data for measurement and calibration.
 
     Attributes:
-      checkpoint: directory of the model.
+      checkpoint: path of the model.
       model: the float32 model.
       params: its parameters.
       tokenizer: tokenizer of the model.
@@ -235,26 +244,31 @@ class Gathered:
         return calibration_data.token_batches(self.learned, count, size)
 
     def screens(self, count: int) -> list[dict[str, Any]]:
-        """Draw calibration batches of four screens."""
+        """Draw calibration batches of four screens; none for a model without vision."""
+        if self.model.config.vision is None:
+            return []
         return calibration_data.screen_batches(
             self.model.config, self.tokenizer, self.utterances, FLAGS.digits_dir, FLAGS.seed, count
         )
 
 
 def gather() -> Gathered:
-    """Load the shipped model and read the data that the flags name."""
-    checkpoint = ge.shipped("nano")
+    """Load the model and read the data that the flags name."""
+    checkpoint = checkpoint_of(FLAGS.checkpoint)
     model, params = ge.load(checkpoint, dtype="float32")
     tokenizer = ge.load_tokenizer(checkpoint)
     learned = corpora.encode_text(tokenizer, corpora.read_text(FLAGS.calibration_text))
-    texts = text_domains.held_out(FLAGS.text, FLAGS.pydoc)
+    texts = text_domains.held_out(FLAGS.text, FLAGS.text_help)
     windows = text_domains.complete_windows(texts, tokenizer, FLAGS.text_tokens)
-    heard, others, notes = eval_data.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    draw = [FLAGS.screens, FLAGS.seed, FLAGS.digits_dir]
-    questions = {"image": tap_items.draw_items(*draw)}
-    questions["spoken"] = tap_items.draw_items(*draw, heard) if heard else []
+    questions: dict[str, list[tap_items.Item]] = {"image": [], "spoken": []}
+    others: Sequence[Any] = []
+    if model.config.vision is not None:
+        heard, others, notes = eval_data.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        draw = [FLAGS.screens, FLAGS.seed, FLAGS.digits_dir]
+        questions["image"] = tap_items.draw_items(*draw)
+        questions["spoken"] = tap_items.draw_items(*draw, heard) if heard else []
     return Gathered(checkpoint, model, params, tokenizer, learned, windows, questions, others)
 
 
@@ -272,10 +286,11 @@ class Bench:
         self.data = gather()
         self.checkpoint, self.model = self.data.checkpoint, self.data.model
         self.params = self.data.params
-        self._write(
-            self.data.texts(FLAGS.calibration_windows // 8),
-            self.data.screens(FLAGS.calibration_screens // 4),
-        )
+        texts = self.data.texts(FLAGS.calibration_windows // 8)
+        screens = self.data.screens(FLAGS.calibration_screens // 4)
+        self._write_calibration(texts, screens)
+        if any(method.peer not in (OURS, REFERENCE) for method in chosen):
+            self._write_for_peers(texts, screens)
         if any(method.calibration == "training" for method in chosen):
             self._write_training()
         self.scorer = Scorer(
@@ -364,11 +379,14 @@ class Bench:
             corpora.write_text(log, error.log, overwrite=True)
             return None
 
-    def _write(self, texts: list[dict[str, Any]], screens: list[dict[str, Any]]) -> None:
-        """Write weights, calibration batches and inputs of layers for all peers."""
+    def _write_calibration(self, texts: list[Any], screens: list[Any]) -> None:
+        """Write calibration batches."""
         (self.work / "calibration").mkdir(parents=True, exist_ok=True)
         for index, batch in enumerate(alternate(texts, screens)):
             np.savez(self.work / "calibration" / f"{index:03d}.npz", **batch)
+
+    def _write_for_peers(self, texts: list[Any], screens: list[Any]) -> None:
+        """Write weights and inputs of layers for all peers."""
         leaves = dict(boxes.path_items(self.params))
         decoder = {p: np.asarray(leaves[p]) for p in boxes.select(self.params, DECODER)}
         np.savez(self.work / "weights.npz", **decoder)
@@ -382,10 +400,10 @@ class Bench:
         config = dataclasses.replace(
             self.model.config, vision=None, speech=None, image_token_id=None, audio_token_id=None
         )
-        params = {name: self.params[name] for name in ("embed", "decoder")}
+        params = {n: self.params[n] for n in ("embed", "decoder", "head") if n in self.params}
         ge.save(
             ge.MultimodalGLM(config), params, self.work / "hugging_face", "hugging_face", True,
-            {"tokenizer.json": self.checkpoint / "tokenizer.json"},
+            {"tokenizer.json": read_companions(self.checkpoint)["tokenizer.json"]},
         )  # fmt: skip
 
     def _write_training(self) -> None:
@@ -466,10 +484,12 @@ def run_of(
       versions: versions of the peer's packages.
       further: flags of the script that affect the row, besides the shared ones.
     """
-    names = ["text_tokens", "pydoc", "calibration_windows", "training_windows"]
+    names = ["text_tokens", "text_help", "calibration_windows", "training_windows"]
     names += ["calibration_screens", "screens", "speakers", "seed", *further]
     paths = ("text", "calibration_text", "digits_dir", "speech_dir", "out_dir")
     placeholders = [f"--{name}={name.upper()}" for name in paths if FLAGS[name].value]
+    if FLAGS.checkpoint:
+        placeholders.insert(0, f"--checkpoint={Path(FLAGS.checkpoint).name}")
     return provenance_of(script, names, placeholders, versions)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer
 import glm_edge as ge
 from experiments.common import calibration_data, tap_items
 from experiments.nano.phone_screens import speech
+from glm_edge.checkpoint.companions import has_tokenizer
 from glm_edge.cli import corpora
 from glm_edge.cli.loss import WINDOW
 from glm_edge.configs import GLMConfig
@@ -73,13 +73,13 @@ def gather(
     notes = []
     learned, held_out = split_text(text)
     tokenizer = None
-    if os.path.lexists(checkpoint / "tokenizer.json"):
+    if has_tokenizer(checkpoint):
         tokenizer = ge.load_tokenizer(checkpoint)
     if tokenizer is None:
-        notes.append(f"{checkpoint} has no tokenizer.json: bytes of text are used as token ids")
+        notes.append(f"{checkpoint} has no tokenizer: bytes of text are used as token ids")
         if config.decoder.vocab_size < 256:
             raise DataError(
-                f"{checkpoint}: has no tokenizer.json, and fewer than 256 tokens, too few for bytes"
+                f"{checkpoint}: has no tokenizer, and fewer than 256 tokens, too few for bytes"
             )
         encode: Callable[[str], np.ndarray] = _bytes_as_ids
         bytes_of_token = np.ones(config.decoder.vocab_size, np.int32)

@@ -13,6 +13,7 @@ from experiments.bench.decode import text_only
 from experiments.common import calibration_data, eval_data, stage_eval, tap_eval, tap_items
 from glm_edge import configs
 from glm_edge.cli import corpora
+from glm_edge.cli.checkpoints import CHECKPOINT_HELP
 from glm_edge.cli.console import progress
 from glm_edge.errors import DataError
 from glm_edge.generate import (
@@ -39,7 +40,7 @@ flags.disclaim_key_flags()
 
 def define_flags() -> None:
     """Define the flags of the model and of the size of the measurement."""
-    flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
+    flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
     flags.DEFINE_integer("screens", None, "Number of questions; default: the preset's.", 1)
     flags.DEFINE_integer(
         "rounds", None, "Number of rounds in which settings alternate; default: the preset's.", 1

@@ -26,6 +26,7 @@ from experiments.common import eval_data, stage_eval, tap_eval
 from experiments.tables import table
 from experiments.tables.table import Row
 from glm_edge import params as boxes
+from glm_edge.cli.checkpoints import CHECKPOINT_HELP
 from glm_edge.cli.console import bar, launch
 from glm_edge.cli.loss import text_loss
 from glm_edge.compress import quantize
@@ -45,7 +46,7 @@ SIZES = {
 def define_flags() -> None:
     """Define this script's flags."""
     table.define_flags(NAME)
-    flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
+    flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
     flags.DEFINE_string("where", "^decoder/", "Regular expression of the matrices to round.")
     flags.DEFINE_list("bits", ["8", "4", "3", "2"], "Of a weight.")
     flags.DEFINE_list(

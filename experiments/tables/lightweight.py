@@ -32,6 +32,7 @@ from experiments.quickstart import compressed
 from experiments.tables import measure, table
 from experiments.tables.table import PHONE, Row
 from glm_edge import params as boxes
+from glm_edge.cli.checkpoints import CHECKPOINT_HELP
 from glm_edge.cli.console import launch
 from glm_edge.cli.loss import WINDOW
 from glm_edge.errors import DataError
@@ -50,7 +51,7 @@ ELSEWHERE = "; claim on a different device, model and data"
 def define_flags() -> None:
     """Define this script's flags."""
     table.define_flags(NAME)
-    flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
+    flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
     flags.DEFINE_string("recipe", "quickstart", "Name of a recipe, or a JSON file.")
     flags.DEFINE_string(
         "digits_dir",

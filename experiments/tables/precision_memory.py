@@ -22,6 +22,7 @@ from experiments.common import stage_eval
 from experiments.tables import table
 from experiments.tables.table import Row
 from glm_edge import params as boxes
+from glm_edge.cli.checkpoints import CHECKPOINT_HELP
 from glm_edge.cli.console import bar, launch
 from glm_edge.compress import quantize
 from glm_edge.compress.transform import Transform
@@ -35,7 +36,7 @@ CLAIMS = {"bfloat16": 50.0, "int8": 75.0, "int8 and float16": 75.0, "int4 and in
 def define_flags() -> None:
     """Define this script's flags."""
     table.define_flags(NAME)
-    flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
+    flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
     flags.DEFINE_list(
         "tokens",
         None,

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from glm_edge.errors import CheckpointError
 from glm_edge.files import file_inside, read_bytes
+from glm_edge.gguf_file import GGUFFile, find_gguf
+from glm_edge.preprocess.gguf_tokenizer import companion_files, describes_tokenizer
+from glm_edge.preprocess.tokenizer_files import TOKENIZER
 from glm_edge.writers import no_directory
 
 COMPANIONS = (
@@ -50,10 +53,10 @@ def companion_paths(directory: str | os.PathLike) -> dict[str, Path]:
 
 
 def read_companions(directory: str | os.PathLike) -> dict[str, bytes]:
-    """Read the files of `companion_paths`.
+    """Read the files of `companion_paths`, or write those that a GGUF file describes.
 
     Args:
-      directory: checkpoint directory.
+      directory: checkpoint directory, or a GGUF file.
 
     Returns:
       Bytes by file name.
@@ -61,5 +64,26 @@ def read_companions(directory: str | os.PathLike) -> dict[str, bytes]:
     Raises:
       CheckpointError: `companion_paths` fails, or a file cannot be read or is too large.
     """
+    file = find_gguf(directory)
+    if file is not None:
+        return companion_files(GGUFFile(file))
     paths = companion_paths(directory)
     return {name: read_bytes(path, MAX_COMPANION_BYTES) for name, path in paths.items()}
+
+
+def has_tokenizer(path: str | os.PathLike) -> bool:
+    """Test for a checkpoint directory, or a GGUF file, with a tokenizer.
+
+    Args:
+      path: checkpoint directory, or a GGUF file.
+
+    Returns:
+      True if `glm_edge.load_tokenizer` has something to read.
+
+    Raises:
+      CheckpointError: a GGUF file is damaged.
+    """
+    file = find_gguf(path)
+    if file is not None:
+        return describes_tokenizer(GGUFFile(file))
+    return os.path.lexists(Path(path) / TOKENIZER)

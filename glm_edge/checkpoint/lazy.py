@@ -10,10 +10,11 @@ from typing import Any
 import flax.linen as nn
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint import hugging_face, native
+from glm_edge.checkpoint import gguf, hugging_face, native
 from glm_edge.checkpoint.placement import Placement
 from glm_edge.errors import CheckpointError
 from glm_edge.files import CONFIG, file_inside, read_json
+from glm_edge.gguf_file import find_gguf
 from glm_edge.writers import no_directory
 
 
@@ -80,10 +81,11 @@ class LazyCheckpoint:
 
 
 def open_lazily(path: str | os.PathLike) -> LazyCheckpoint:
-    """Open a checkpoint directory without reading its arrays.
+    """Open a checkpoint without reading its arrays.
 
     Args:
-      path: directory for `glm_edge.load`, except one stored with Orbax.
+      path: path for `glm_edge.load`, except a directory stored with Orbax. Blocks of a GGUF file
+        are dequantized.
 
     Returns:
       The checkpoint.
@@ -94,6 +96,10 @@ def open_lazily(path: str | os.PathLike) -> LazyCheckpoint:
       ConfigError: config.json names an unknown model, or a field is missing or unsupported.
     """
     directory = Path(path)
+    file = find_gguf(directory)
+    if file is not None:
+        source = gguf.open_file(file)
+        return LazyCheckpoint(source.model, source.abstract(), (file,), source)
     if not directory.is_dir():
         raise CheckpointError(no_directory(directory))
     fields = read_json(file_inside(directory, CONFIG))

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint import hugging_face, native, orbax
+from glm_edge.checkpoint import gguf, hugging_face, native, orbax
 from glm_edge.checkpoint.companions import read_companions
 from glm_edge.checkpoint.orbax import ARRAYS
 from glm_edge.checkpoint.placement import Placement
@@ -22,6 +22,7 @@ from glm_edge.checkpoint.shapes import check_params
 from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
 from glm_edge.files import CONFIG, MAX_FILE_NAME, file_inside, read_bytes, read_json
+from glm_edge.gguf_file import SUFFIX, GGUFFile, find_gguf
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.models.text import TextEncoder
 from glm_edge.params.sharding import RULES, Rules
@@ -45,8 +46,9 @@ def load(
     rules: Rules = RULES,
     model: nn.Module | None = None,
     like: Params | None = None,
+    weights: gguf.Weights = "dense",
 ) -> tuple[nn.Module, Params]:
-    """Load a checkpoint directory.
+    """Load a checkpoint directory, or a GGUF file.
 
     Activations are float32 for all types of stored weights. A model therefore computes the same
     values from bfloat16 weights as from these weights cast to float32.
@@ -57,8 +59,9 @@ def load(
         model, params = ge.load("path/to/checkpoint", dtype="float32")
 
     Args:
-      path: directory written by `save`, or a Hugging Face directory of the GLM family (config.json
-        and one or more safetensors files).
+      path: directory written by `save`; a Hugging Face directory of the GLM family (config.json
+        and one or more safetensors files); or a GGUF file of the architecture `llama`, or a
+        directory with one.
       dtype: type to which trainable weights are cast; None keeps the stored type. Integers, masks
         and scales of compressed weights keep their types. Train in float32.
       mesh: mesh of devices, of one or several processes, over which parameters are sharded; None
@@ -68,6 +71,9 @@ def load(
         plain fields must equal those of the saved module.
       like: concrete or abstract parameters of `model`, such as
         `jax.eval_shape(model.init, key, x)["params"]`. Stored paths and dense shapes must match.
+      weights: `dense` dequantizes the blocks of a GGUF file, to float32 without `dtype`. `boxes`
+        keeps their codes and scales as `Quantized` boxes. Directories of this library always keep
+        the boxes that they store.
 
     Returns:
       `(model, params)`: a Linen module with its `config`, and its tree of arrays and boxes.
@@ -80,6 +86,14 @@ def load(
     """
     directory = _checked_path("load", path)
     _check_dtype(dtype)
+    if weights not in get_args(gguf.Weights):
+        known = " and ".join(map(repr, get_args(gguf.Weights)))
+        raise CheckpointError(f"weights {weights!r:.60} is unknown; known: {known}")
+    file = find_gguf(directory)
+    if file is not None:
+        if model is not None:
+            raise CheckpointError(f"{file}: describes its own model; remove model=")
+        return gguf.read(file, dtype, Placement(mesh, rules), weights)
     if not os.path.isdir(directory):
         raise CheckpointError(no_directory(directory))
     if not os.path.lexists(directory / CONFIG):
@@ -106,7 +120,7 @@ def build(path: str | os.PathLike) -> nn.Module:
         params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
     Args:
-      path: checkpoint directory, or path of config.json.
+      path: checkpoint directory, path of config.json, or a GGUF file.
 
     Returns:
       The module, without parameters.
@@ -116,6 +130,10 @@ def build(path: str | os.PathLike) -> nn.Module:
       ConfigError: the file names an unknown model, or a field is missing or unsupported.
     """
     path = _checked_path("build", path)
+    if path.suffix == SUFFIX or os.path.isdir(path):
+        stored = find_gguf(path)
+        if stored is not None:
+            return gguf.build(stored)
     file = path / CONFIG if os.path.isdir(path) else path
     # A path that ends in .json is a file, not a repository name.
     if not os.path.lexists(file) and file.suffix != ".json":
@@ -157,9 +175,9 @@ def save(
         store the model.
       overwrite: replaces an existing checkpoint.
       extras: further files by name, such as `{"tokenizer.json": path or bytes}`.
-      source: directory of the original model. Its tokenizer, chat template, processor and
-        generation files are copied, see `glm_edge.checkpoint.companions`. `extras` override
-        files of the same name.
+      source: directory or GGUF file of the original model. Its tokenizer, chat template,
+        processor and generation files are copied, see `glm_edge.checkpoint.companions`. `extras`
+        override files of the same name.
 
     Returns:
       The directory.
@@ -246,7 +264,7 @@ def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
     calibration data.
 
     Args:
-      path: checkpoint directory.
+      path: checkpoint directory, or a GGUF file.
 
     Returns:
       A `tokenizers.Tokenizer`.
@@ -255,9 +273,13 @@ def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
       CheckpointError: the directory or its tokenizer.json does not exist, or the file is damaged or
         could run without bounds on time or memory.
     """
+    from glm_edge.preprocess.gguf_tokenizer import read_gguf_tokenizer
     from glm_edge.preprocess.tokenizer_files import read_tokenizer
 
     directory = _checked_path("load_tokenizer", path)
+    file = find_gguf(directory)
+    if file is not None:
+        return read_gguf_tokenizer(GGUFFile(file))
     if not os.path.isdir(directory):
         raise CheckpointError(no_directory(directory))
     return read_tokenizer(directory / TOKENIZER)

@@ -1,17 +1,27 @@
 """Placement of a checkpoint's arrays: on the default device, or as shards on a mesh."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint.safetensors import SafetensorsFile, to_device
+from glm_edge.checkpoint.safetensors import to_device
 from glm_edge.configs.architecture import ModelConfig
 from glm_edge.params.sharding import RULES, Rules, shardings
 from glm_edge.params.tree import Params
+
+
+class TensorFile(Protocol):
+    """A file whose tensors are read on demand, such as `SafetensorsFile`."""
+
+    def read(self, name: str) -> np.ndarray:
+        """Read a tensor."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Read `tensor[start:stop]`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Destination:
         rows = min(start for start, _, _ in spans), max(stop for _, stop, _ in spans)
         return None if rows == (0, self.shape[0]) else rows
 
-    def read(self, file: SafetensorsFile, name: str) -> np.ndarray:
+    def read(self, file: TensorFile, name: str) -> np.ndarray:
         """Read a tensor of this shape, or only the rows that this process needs."""
         return file.read(name) if self.rows is None else file.read_rows(name, *self.rows)
 

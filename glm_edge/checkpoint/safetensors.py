@@ -14,13 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_edge.errors import CheckpointError
-from glm_edge.files import fill, json_object, opened
+from glm_edge.files import fill, json_object, opened, read_span, version_of
 
 WEIGHTS = "model.safetensors"
 MAX_DIMENSIONS = 16
 MAX_NAME_LENGTH = 500
-# Alignment in bytes of a buffer that jax uses without a copy.
-ALIGNMENT = 64
 BLOCK_BYTES = 1 << 19
 
 DTYPES = {
@@ -93,7 +91,7 @@ class SafetensorsFile:
         """
         self.path = Path(path)
         with opened(self.path) as file:
-            self._version = _version(file)
+            self._version = version_of(file)
             self.tensors = _read_header(self.path, file)
 
     def read(self, name: str) -> np.ndarray:
@@ -137,15 +135,7 @@ class SafetensorsFile:
     def _read(self, name: str, begin: int, shape: tuple[int, ...]) -> np.ndarray:
         where, dtype = f"{self.path}: tensor {name!r}", DTYPES[self.tensors[name].dtype]
         size = math.prod(shape) * dtype.itemsize
-        with opened(self.path) as file:
-            if _version(file) != self._version:
-                raise CheckpointError(
-                    f"{where}: the file changed since its header was read; load it again"
-                )
-            buffer = np.empty(size + ALIGNMENT, np.uint8)
-            raw = buffer[-buffer.ctypes.data % ALIGNMENT :][:size]
-            file.seek(begin)
-            fill(file, raw, where)
+        raw = read_span(self.path, begin, size, self._version, where)
         if dtype == np.bool_ and raw.max(initial=0) > 1:
             raise CheckpointError(f"{where}: a BOOL must be the byte 0 or 1, found {raw.max()}")
         return raw.view(dtype).reshape(shape)
@@ -171,11 +161,6 @@ def by_tensor(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
             raise CheckpointError(f"{file.path}: tensor {duplicates[0]!r} is also in {other}")
         files_by_tensor.update(dict.fromkeys(file.tensors, file))
     return files_by_tensor
-
-
-def _version(file: io.FileIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
 
 
 def to_device(array: np.ndarray, sharding: Any = None) -> jax.Array:

@@ -59,7 +59,7 @@ def expected_shapes(model: nn.Module) -> Shapes:
     # Inconsistent or huge sizes raise exceptions of many types during tracing.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"config.json: its fields do not define a model: {reason}") from error
+        raise ConfigError(f"the configuration does not define a model: {reason}") from error
 
 
 def check_depth(config: Any, num_tensors: int, where: str) -> None:
@@ -77,7 +77,7 @@ def check_depth(config: Any, num_tensors: int, where: str) -> None:
     depth = sum(getattr(part, "num_layers", 0) for part in parts)
     if depth > num_tensors:
         raise CheckpointError(
-            f"{where}: config.json declares {depth} layers, but there are {num_tensors} tensors"
+            f"{where}: its configuration has {depth} layers, but there are {num_tensors} tensors"
         )
 
 
@@ -160,14 +160,14 @@ def check_names(names: Iterable[str], expected: Mapping[str, Any], where: str) -
     if missing:
         shape = expected[missing[0]]
         raise CheckpointError(
-            f"{where}: tensor {missing[0]!r} is missing{_others(missing)}; the model of "
-            f"config.json needs it{'' if shape is None else f' with shape {shape}'}"
+            f"{where}: tensor {missing[0]!r} is missing{_others(missing)}; the model "
+            f"needs it{'' if shape is None else f' with shape {shape}'}"
         )
     extra = sorted(names - set(expected))
     if extra:
         raise CheckpointError(
-            f"{where}: tensor {extra[0]!r} has no place in the model of config.json"
-            f"{_others(extra)}; the tensor or config.json belongs to another model"
+            f"{where}: tensor {extra[0]!r} has no place in the model"
+            f"{_others(extra)}; the tensor or the configuration belongs to another model"
         )
 
 
@@ -184,7 +184,7 @@ def check_shape(shape: Iterable[int], expected: Iterable[int], where: str) -> No
     """
     if tuple(shape) != tuple(expected):
         raise CheckpointError(
-            f"{where}: has shape {tuple(shape)}, the model of config.json needs {tuple(expected)}"
+            f"{where}: has shape {tuple(shape)}, the model needs {tuple(expected)}"
         )
 
 

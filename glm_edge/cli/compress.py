@@ -34,7 +34,7 @@ from absl import flags
 
 import glm_edge as ge
 from glm_edge.cli import calibration, corpora
-from glm_edge.cli.checkpoints import checkpoint_of
+from glm_edge.cli.checkpoints import CHECKPOINT_HELP, checkpoint_of
 from glm_edge.cli.console import print_table, progress, refuse_arguments
 from glm_edge.cli.in_memory import as_stored, load_wide
 from glm_edge.cli.loss import text_loss
@@ -52,9 +52,7 @@ flags.disclaim_key_flags()
 
 def define_flags() -> None:
     """Define the command's flags."""
-    flags.DEFINE_string(
-        "checkpoint", None, "Directory of the checkpoint to compress; default: shipped nano."
-    )
+    flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
     flags.DEFINE_string("recipe", "phone", f"JSON file, or one of {', '.join(ge.recipes.NAMED)}.")
     flags.DEFINE_string("calibration", None, "UTF-8 text file, or .npz file of batches.")
     flags.DEFINE_integer("sequences", 64, "Number of windows of calibration text.", 1)

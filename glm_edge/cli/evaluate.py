@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 import glm_edge as ge
 from glm_edge.cli import corpora
-from glm_edge.cli.checkpoints import checkpoint_of
+from glm_edge.cli.checkpoints import CHECKPOINT_HELP, checkpoint_of
 from glm_edge.cli.console import refuse_arguments
 from glm_edge.cli.loss import WINDOW, text_loss
 from glm_edge.cli.outputs import check_output
@@ -30,11 +30,7 @@ flags.disclaim_key_flags()
 
 def define_flags() -> None:
     """Define the command's flags."""
-    flags.DEFINE_string(
-        "checkpoint",
-        None,
-        "Directory that ge.load opens, or --out_dir of compress; default: shipped nano.",
-    )
+    flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
     flags.DEFINE_string("reference", None, "Checkpoint with the reference predictions.")
     flags.DEFINE_string("text", None, "UTF-8 file on which the loss is measured.")
     flags.DEFINE_integer("text_tokens", 60000, "Maximum number of tokens of --text to score.", 2)

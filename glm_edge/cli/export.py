@@ -36,9 +36,9 @@ import numpy as np
 from absl import flags
 
 import glm_edge as ge
-from glm_edge.checkpoint.load import TOKENIZER
+from glm_edge.checkpoint.companions import has_tokenizer
 from glm_edge.cli import corpora
-from glm_edge.cli.checkpoints import checkpoint_of
+from glm_edge.cli.checkpoints import CHECKPOINT_HELP, checkpoint_of
 from glm_edge.cli.console import print_table, refuse_arguments
 from glm_edge.cli.run import run_of
 from glm_edge.errors import DataError, ExportError, OutputError
@@ -57,7 +57,7 @@ flags.disclaim_key_flags()
 
 def define_flags() -> None:
     """Define the command's flags."""
-    flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
+    flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
     flags.DEFINE_enum("format", "tflite", FORMATS, "Format to write.")
     flags.DEFINE_string("out", None, "Output file; a directory for onnx and mnn.", required=True)
     flags.DEFINE_list(
@@ -196,7 +196,7 @@ def text_ids(source: Path) -> tuple[np.ndarray | None, str]:
       DataError: the text cannot be read.
     """
     # A bundle's prompts include images and speech, and LiteRT-LM's engine answers each prompt.
-    topics = FLAGS.format in ("tflite", *FLOAT32) and (source / TOKENIZER).exists()
+    topics = FLAGS.format in ("tflite", *FLOAT32) and has_tokenizer(source)
     if FLAGS.text:
         text, named = corpora.read_text(FLAGS.text), f"the text of {Path(FLAGS.text).name}"
     elif FLAGS.verify and topics:

@@ -11,7 +11,8 @@ import numpy as np
 
 from glm_edge.configs.stop_tokens import read_stop_tokens
 from glm_edge.errors import CheckpointError, ConfigError, DataError
-from glm_edge.preprocess import chat, media, native_config, processor_config
+from glm_edge.gguf_file import GGUFFile, find_gguf
+from glm_edge.preprocess import chat, gguf_tokenizer, media, native_config, processor_config
 from glm_edge.preprocess.audio import prepare_recording
 from glm_edge.preprocess.inputs import Inputs
 from glm_edge.preprocess.processing import AudioProcessing, ImageProcessing, VideoProcessing
@@ -54,6 +55,23 @@ def conversations_of(messages: Any) -> Sequence[Sequence[Any]]:
     return conversations
 
 
+def _gguf_fields(file: GGUFFile, family: str | None, template: str | None) -> dict[str, Any]:
+    """Read the fields of a processor from a GGUF file."""
+    template = template or gguf_tokenizer.chat_template(file)
+    if template is None:
+        if family is None:
+            raise ConfigError(f"{file.path}: has no chat template; pass template= or family=")
+        template = chat.family_template(family)
+    pads = [gguf_tokenizer.token_id(file, name) for name in ("padding", "eos")]
+    return {
+        "tokenizer": gguf_tokenizer.read_gguf_tokenizer(file),
+        "template": template,
+        "pad_token_id": next((pad for pad in pads if pad is not None), 0),
+        "stop_token_ids": gguf_tokenizer.stop_tokens(file),
+        "variables": gguf_tokenizer.named_tokens(file),
+    }
+
+
 @dataclass(frozen=True)
 class Processor:
     """A processor that converts conversations to model inputs, in the format of training.
@@ -94,7 +112,8 @@ class Processor:
         """Read a checkpoint's config.json, tokenizer.json and optional processor files.
 
         Args:
-          directory: checkpoint directory in the format of Hugging Face or of this library.
+          directory: checkpoint directory in the format of Hugging Face or of this library, or a
+            GGUF file.
           family: one of `glm_edge.preprocess.chat.FAMILIES`, whose template is used if the
             checkpoint has none. None infers the family from config.json.
           template: Jinja source that overrides the checkpoint's and the family's template.
@@ -107,6 +126,9 @@ class Processor:
           ConfigError: a field has an unsupported value, or files are inconsistent.
         """
         directory = Path(directory)
+        file = find_gguf(directory)
+        if file is not None:
+            return cls(**_gguf_fields(GGUFFile(file), family, template))
         if not os.path.isdir(directory):
             raise CheckpointError(no_directory(directory))
         where = str(directory / "config.json")

@@ -1,4 +1,4 @@
-"""The only reader of tokenizer.json, which is untrusted.
+"""The only builder of tokenizers, from the untrusted content of tokenizer.json.
 
 The library `tokenizers` is native code: a hostile file can crash it or keep it busy forever. This
 module therefore checks all fields of the file first, and refuses unknown values.
@@ -84,9 +84,24 @@ def read_tokenizer(file: str | Path) -> tokenizers.Tokenizer:
         raise CheckpointError(
             f"{shown_path(file)}: is missing; the checkpoint's {TOKENIZER} is needed"
         )
-    raw = read_bytes(file_inside(file.parent, file.name), MAX_BYTES)
-    where = f"{file}: is not a readable tokenizer"
-    fields = parse_json(raw, str(file), max_bytes=MAX_BYTES, max_values=MAX_VALUES)
+    return parse_tokenizer(read_bytes(file_inside(file.parent, file.name), MAX_BYTES), str(file))
+
+
+def parse_tokenizer(raw: bytes, source: str) -> tokenizers.Tokenizer:
+    """Build a tokenizer from the content of a tokenizer.json; see `read_tokenizer`.
+
+    Args:
+      raw: content of a tokenizer.json.
+      source: file for messages.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      CheckpointError: the content is damaged, or its steps could run without bounds.
+    """
+    where = f"{source}: is not a readable tokenizer"
+    fields = parse_json(raw, source, max_bytes=MAX_BYTES, max_values=MAX_VALUES)
     try:
         _Checker().check(fields)
     except _RefusedError as error:

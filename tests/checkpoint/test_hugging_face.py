@@ -259,7 +259,7 @@ def test_tensors_that_do_not_fit(fields, tensors, write_hugging_face):
     check(tensors | {"a": np.ones(2), "b": np.ones(1)}, r"'a' has no place .* \(and 1 more\)")
     check(
         others | {NAME: tensors[NAME].T},
-        rf"tensor '{NAME}': has shape \(20, 24\), the model of config.json needs \(24, 20\)",
+        rf"tensor '{NAME}': has shape \(20, 24\), the model needs \(24, 20\)",
     )
     check(others | {NAME: np.ones((24, 20), np.int8)}, "has type I8, a weight must be one of")
     for bad in (np.nan, np.inf):

@@ -17,7 +17,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_edge.checkpoint import safetensors as checkpoint_files
+from glm_edge import files
 from glm_edge.checkpoint.safetensors import (
     DTYPES,
     SafetensorsFile,
@@ -205,9 +205,7 @@ def test_rows_are_read_alone(tmp_path_factory, start, stop):
             file.read_rows("b", start, stop)
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            checkpoint_files, "fill", lambda *args: read.append(args[1].size) or fill(*args)
-        )
+        patch.setattr(files, "fill", lambda *args: read.append(args[1].size) or fill(*args))
         rows = file.read_rows("b", start, stop)
     np.testing.assert_array_equal(rows, ARRAYS["b"][start:stop])
     assert read == [rows.nbytes]
@@ -235,7 +233,7 @@ def test_a_file_truncated_while_it_is_read_is_refused(tmp_path, monkeypatch):
     valid_file(path)
     file = SafetensorsFile(path)
     os.truncate(path, file.tensors["b"].end - 3)
-    monkeypatch.setattr(checkpoint_files, "_version", lambda opened: file._version)
+    monkeypatch.setattr(files, "version_of", lambda opened: file._version)
     with pytest.raises(CheckpointError, match="a: tensor 'b': 3 of 60 bytes are missing"):
         file.read("b")
 

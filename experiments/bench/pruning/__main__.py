@@ -3,10 +3,11 @@
     python -m experiments.bench.pruning --text=encyclopedia.txt,books.txt \\
         --calibration_text=train.txt --digits_dir=DIR --speech_dir=DIR --out_dir=out
 
-Prunes the decoder of the shipped model by every method of `bench/pruning/rows.py` and scores it
-like `experiments.bench.quality`. Scores are, per domain of text, the mean KL divergence from
-float32 (nats) and the increase of perplexity with their intervals, and taps on phone screens for
-written and spoken instructions. Two rows without pruning show the noise.
+Prunes the decoder of --checkpoint (default: the shipped model) by every method of
+`bench/pruning/rows.py` and scores it like `experiments.bench.quality`. Scores are, per domain of
+text, the mean KL divergence from float32 (nats) and the increase of perplexity with their
+intervals, and taps on phone screens for written and spoken instructions. Two rows without pruning
+show the noise.
 
 At unstructured 50 % and at 2:4, glm_edge is compared with magnitude, Wanda, SparseGPT and
 JaxPruner's magnitude, reimplemented in float64 numpy (`bench/peers/sparsity.py`; JaxPruner cannot

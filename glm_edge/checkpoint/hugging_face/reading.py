@@ -52,13 +52,32 @@ def read(
       CheckpointError: files are missing or damaged, or do not match the configuration.
       ConfigError: config.json names an unknown model, or a field is missing or unsupported.
     """
-    source = open_directory(directory, fields)
+    return read_source(open_directory(directory, fields), dtype, placement, str(directory))
+
+
+def read_source(
+    source: "HuggingFaceSource", dtype: str | None, placement: Placement, where: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Read all parameters of a source, one entry of its table at a time.
+
+    Args:
+      source: the source.
+      dtype: type of the parameters, or None for the stored type.
+      placement: placement of arrays on devices.
+      where: file or directory for messages.
+
+    Returns:
+      `(model, params)`.
+
+    Raises:
+      CheckpointError: a tensor is damaged, or not finite.
+    """
     plan = placement.plan(nested(source.abstract()), source.model.config)
     leaves = {}
     for entry in source.entries:
         for path, array in source.read(entry, plan, dtype):
             leaves[path] = plan[path].put(array)
-    check_names(leaves, source.expected, str(directory))
+    check_names(leaves, source.expected, where)
     return source.model, nested(leaves)
 
 
@@ -118,7 +137,7 @@ def open_directory(directory: Path, fields: dict[str, Any]) -> HuggingFaceSource
     stored = _canonical_names(member, config, files, directory)
     expected = expected_shapes(model)
     entries = member.entries(config)
-    _check_headers(entries, stored, files, expected, directory)
+    check_headers(entries, stored, files, expected, directory)
     return HuggingFaceSource(model, entries, stored, files, expected)
 
 
@@ -234,14 +253,25 @@ def _canonical_names(
     return stored
 
 
-def _check_headers(
+def check_headers(
     entries: list[TensorMapping],
     stored: dict[str, str],
     files: dict[str, SafetensorsFile],
     expected: Shapes,
     directory: Path,
 ) -> None:
-    """Check names, types and the shapes of unchanged tensors, before a tensor is read."""
+    """Check names, types and the shapes of unchanged tensors, before a tensor is read.
+
+    Args:
+      entries: maps between tensors and parameters.
+      stored: names in the files by names of `entries`.
+      files: files by names in the files.
+      expected: shape by parameter path.
+      directory: directory or file for messages.
+
+    Raises:
+      CheckpointError: a tensor is missing, unexpected, or of a wrong type or shape.
+    """
     needed = {
         name: expected[entry.paths[0]] if entry.unchanged else None
         for entry in entries

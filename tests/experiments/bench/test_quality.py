@@ -59,6 +59,11 @@ def test_a_finished_row_is_kept_unless_its_options_changed(tmp_path):
     assert not bench_quality.finished(tmp_path, other, settings)
     with pytest.raises(OutputError, match=r"screens 3, requested 4; use a different --out_dir"):
         bench_quality.finished(tmp_path, method, {**settings, "screens": 4})
+    with pytest.raises(OutputError, match="checkpoint None, requested 'smollm2'"):
+        bench_quality.finished(tmp_path, method, {**settings, "checkpoint": "smollm2"})
+    (tmp_path / "one.json").write_text(json.dumps({**row, "settings": {**settings, "x": 1}}))
+    with pytest.raises(OutputError, match="measured with x 1, requested None"):
+        bench_quality.finished(tmp_path, method, settings)
 
 
 def row(method: str, peer: str, kind: str, bits: float, kl: list[float], where=DECODER):
