@@ -11,10 +11,12 @@ along the float32 model's answers). Bits are those that a method stores, includi
 points and headers. "packed" counts codes at their width, since some peers pack them only in their
 kernels. Two rows without compression show the noise.
 
-All methods calibrate on the same --calibration_windows of --calibration_text, and on screens if the
-method accepts inputs of layers. Screens, digits, speakers and text differ from those of the
-measurement. Without --calibration_text, --text is split: a third for calibration, the rest for the
-measurement.
+All methods calibrate on the same --calibration_windows of text, and on screens if the method
+accepts inputs of layers. Screens, digits, speakers and text differ from those of the measurement.
+Texts are the files of --calibration_text (comma-separated) and the calibration half of CPython's
+help topics, with an equal number of windows each; --nocalibration_help excludes the help topics.
+Without --calibration_text, --text is split: a third for calibration, the rest for the measurement.
+Each text is a domain, and so are the screens, see `glm_edge.compress.domains`.
 
 A peer runs in a separate process and may have its own environment:
 
@@ -86,7 +88,8 @@ def define_shared_flags() -> None:
         "out_dir", None, "Output directory, with one JSON file per method.", required=True
     )
     flags.DEFINE_string("text", None, "UTF-8 file for the measurement.", required=True)
-    flags.DEFINE_string("calibration_text", None, "UTF-8 file for calibration.")
+    flags.DEFINE_list("calibration_text", [], "UTF-8 files for calibration, one domain each.")
+    flags.DEFINE_bool("calibration_help", True, "Calibrate also on half of CPython's help topics.")
     flags.DEFINE_integer("text_tokens", 60000, "Maximum number of tokens to score.", 512)
     flags.DEFINE_integer("calibration_windows", 64, "Number of calibration windows of text.", 8)
     flags.DEFINE_integer(
@@ -166,13 +169,18 @@ def measure(
 def run_settings() -> dict[str, Any]:
     """Return the settings that all rows of a table share, with a checksum of the text."""
     names = ("text_tokens", "calibration_windows", "calibration_screens", "screens", "seed")
+    names += ("calibration_help",)
     settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
-    for name in ("text", "calibration_text"):
-        path = FLAGS[name].value
-        settings[name] = path and f"{zlib.crc32(corpora.read_text(path).encode()):08x}"
+    settings["text"] = checksum(FLAGS.text)
+    settings["calibration_text"] = ",".join(map(checksum, FLAGS.calibration_text)) or None
     for name in ("digits_dir", "speech_dir"):
         settings[name] = FLAGS[name].value and Path(FLAGS[name].value).name
     return {**settings, "speakers": ",".join(FLAGS.speakers)}
+
+
+def checksum(path: str) -> str:
+    """Return the CRC-32 of a text file, in hexadecimal."""
+    return f"{zlib.crc32(corpora.read_text(path).encode()):08x}"
 
 
 def finished(results: Path, method: Method, settings: dict[str, Any]) -> bool:
@@ -208,7 +216,7 @@ class Gathered:
       model: the float32 model.
       params: its parameters.
       tokenizer: tokenizer of the model.
-      learned: token ids of the calibration text.
+      learned: token ids of the calibration texts by domain.
       windows: windows of held-out text.
       questions: questions by kind (`image`, `spoken`).
       utterances: recordings for calibration.
@@ -218,7 +226,7 @@ class Gathered:
     model: Any
     params: Any
     tokenizer: Any
-    learned: np.ndarray
+    learned: dict[str, np.ndarray]
     windows: corpora.Windows
     questions: dict[str, list[tap_items.Item]]
     utterances: Sequence[Any]
@@ -235,16 +243,22 @@ class Gathered:
 
 
 def gather() -> Gathered:
-    """Load the shipped model and read the data that the flags name."""
+    """Load the shipped model and read the data that the flags name.
+
+    Raises:
+      DataError: a file cannot be read, or --text is also a calibration text.
+    """
     checkpoint = ge.shipped("nano")
     model, params = ge.load(checkpoint, dtype="float32")
     tokenizer = ge.load_tokenizer(checkpoint)
     if FLAGS.calibration_text:
-        learned = corpora.read_text(FLAGS.calibration_text)
+        texts = calibration_data.read_texts(FLAGS.calibration_text, FLAGS.calibration_help)
         held_out = corpora.read_text(FLAGS.text)
+        if held_out in texts.values():
+            raise DataError(f"--calibration_text contains the text of --text, {FLAGS.text}")
     else:
-        learned, held_out = eval_data.split_text(FLAGS.text)
-    learned = corpora.encode_text(tokenizer, learned)
+        texts, held_out = eval_data.split_text(FLAGS.text, FLAGS.calibration_help)
+    learned = {domain: corpora.encode_text(tokenizer, text) for domain, text in texts.items()}
     tokens = corpora.encode_text(tokenizer, held_out)[: FLAGS.text_tokens]
     windows = corpora.windows(tokens, corpora.token_bytes(tokenizer), WINDOW)
     heard, others, notes = eval_data.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
@@ -410,15 +424,15 @@ def sown_inputs(
     model: Any, params: Any, batch: dict[str, Any], paths: Collection[str]
 ) -> dict[str, np.ndarray]:
     """Return the input rows float32 [N, in] of some matrices."""
-    sown = boxes.path_items(_sown_inputs(model, params, batch)["inputs"])
+    read = {name: batch[name] for name in ("tokens", *INPUTS) if batch.get(name) is not None}
+    sown = boxes.path_items(_sown_inputs(model, params, read)["inputs"])
     rows = {path.replace("/rows", "/weight").removesuffix("/0"): leaf for path, leaf in sown}
     return {path: np.asarray(rows[path], np.float32) for path in paths}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sown_inputs(model, params, batch):
-    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
-    return model.apply({"params": params}, batch["tokens"], **inputs, mutable=["inputs"])[1]
+    return model.apply({"params": params}, **batch, mutable=["inputs"])[1]
 
 
 def alternate(first: list[Any], second: list[Any]) -> list[Any]:

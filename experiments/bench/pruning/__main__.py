@@ -13,8 +13,8 @@ At unstructured 50 % and at 2:4, glm_edge is compared with magnitude, Wanda, Spa
 JaxPruner's magnitude, reimplemented in float64 numpy (`bench/peers/sparsity.py`; JaxPruner cannot
 be imported with current jax). At 30 % of the decoder's parameters, heads and neurons are removed
 from the arrays, and the rest is healed by distillation. All methods calibrate on the same
---calibration_windows of --calibration_text and --calibration_screens. Healing uses
---training_windows of the text, and screens with half of the questions spoken: a fifth of the
+--calibration_windows of text, see `experiments.bench.quality`, and --calibration_screens. Healing
+uses --training_windows of the texts, and screens with half of the questions spoken: a fifth of the
 batches under a mask, two fifths after a removal. Screens, digits, speakers and text differ from
 those of the measurement. Labels are a tenth of the healing loss, so the row
 `nothing removed, trained likewise` shows the effect of more training alone.
