@@ -16,9 +16,9 @@ model and compute in float32; floating-point parameters are then stored in the s
 
 --calibration is a UTF-8 text file, or an .npz file of arrays `tokens` [N, T] and, where the model
 has encoders, `images` [N, ...] and `audio` [N, ...]; or a comma-separated list of such files. Texts
-are cut into --sequences windows of --length tokens, an equal number per file. Each file is a domain:
-with several, `quantize.gptq` and `prune.sparsegpt` fit the model less closely to any of them.
-A model with encoders rejects calibration batches without images or audio, unless --without names
+are cut into --sequences windows of --length tokens, an equal number per file. Each file is a
+domain: with several, `quantize.gptq` and `prune.sparsegpt` lose less on texts of other domains. A
+model with encoders rejects calibration batches without images or audio, unless --without names
 them. On two cores, a checkpoint of 1.5 billion parameters takes 13 s by rounding to nearest, and
 about 28 minutes by GPTQ.
 """
