@@ -1,9 +1,9 @@
 """Shrinkage of a Hessian towards its diagonal, chosen by cross-validation over domains.
 
 GPTQ compensates the error of a column by its correlations with later columns. Correlations of the
-calibration text need not hold for another text; input energies, the diagonal, nearly do. Shrinkage
-`gamma` therefore scales the entries off the diagonal by `1 - gamma`. Cross-validation solves a
-matrix on all domains but one for each `gamma`, and measures the output error on the omitted domain.
+calibration text hold less for another text than input energies, the diagonal. Shrinkage `gamma`
+therefore scales the entries off the diagonal by `1 - gamma`. Cross-validation solves a matrix on
+all domains but one for each `gamma`, and measures the output error on the omitted domain.
 
 Arrays are transposed internally, [in, out].
 
@@ -26,10 +26,10 @@ from glm_edge.compress.quantize.solvers import gptq_solver, triangular
 from glm_edge.params import Format
 
 CROSS_VALIDATE = "cross-validate"
-# The error is flat in gamma near its minimum, so few values suffice. Above 0.6, the solution is
-# near rounding without compensation, which lost on every measured domain.
+# On nano at 2 bits, KL changes by at most 8 % between 0.1, 0.3 and 0.6, so few values suffice.
+# With larger values, GPTQ hardly compensates.
 GRID = (0.0, 0.05, 0.1, 0.3, 0.6)
-# Rows share a Hessian, so that some of them rank the values of gamma as well as all.
+# Rows share a Hessian, so a sample of them ranks the values of gamma.
 MOST_ROWS = 128
 
 Trial = Callable[[Array, Array, Array, Array | None], Array]
