@@ -96,7 +96,9 @@ class PlainPruning:
     block: int
     rounding: PlainRounding | None
 
-    def __call__(self, weight: Array, gram: Array, damping: Array, mask: Array | None) -> Array:
+    def __call__(
+        self, weight: Array, gram: Array, damping: float | Array, mask: Array | None
+    ) -> Array:
         """Return the errors of a weight [in, out]."""
         factor, _ = factored(gram, damping)
         errors, keep = _pruned(weight, factor, mask, self.sparsity, self.n_m, self.block)

@@ -32,7 +32,7 @@ GRID = (0.0, 0.05, 0.1, 0.3, 0.6)
 # Rows share a Hessian, so a sample of them ranks the values of gamma.
 MOST_ROWS = 128
 
-Trial = Callable[[Array, Array, Array, Array | None], Array]
+Trial = Callable[[Array, Array, float | Array, Array | None], Array]
 """A hashable function `(weight, gram, damping, mask)` that returns errors `W - Q`, [in, out]."""
 
 
@@ -69,7 +69,9 @@ class PlainRounding:
     scale: str
     act_order: bool
 
-    def __call__(self, weight: Array, gram: Array, damping: Array, mask: Array | None) -> Array:
+    def __call__(
+        self, weight: Array, gram: Array, damping: float | Array, mask: Array | None
+    ) -> Array:
         """Return the errors of a weight [in, out]."""
         order = None
         if self.act_order:
