@@ -147,6 +147,8 @@ def test_grams_of_domains_add_up_to_the_total(square, calibration, monkeypatch):
     rounding(model, params, calibration)
     with monkeypatch.context() as patched:
         patched.setattr(gptq_module, "choose", choose)
+        # Each batch is a product of its own, and domain `a` has two.
+        patched.setattr(gptq_module, "ROWS_AT_ONCE", 1)
         report = rounding(model, params, named(calibration, ("a", "b", None)))[2]
     assert parts[0].keys() == {"a", "b", None}
     alone, total = grams[:2]
