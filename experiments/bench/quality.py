@@ -243,21 +243,13 @@ class Gathered:
 
 
 def gather() -> Gathered:
-    """Load the shipped model and read the data that the flags name.
-
-    Raises:
-      DataError: a file cannot be read, or --text is also a calibration text.
-    """
+    """Load the shipped model and read the data that the flags name."""
     checkpoint = ge.shipped("nano")
     model, params = ge.load(checkpoint, dtype="float32")
     tokenizer = ge.load_tokenizer(checkpoint)
-    if FLAGS.calibration_text:
-        texts = calibration_data.read_texts(FLAGS.calibration_text, FLAGS.calibration_help)
-        held_out = corpora.read_text(FLAGS.text)
-        if held_out in texts.values():
-            raise DataError(f"--calibration_text contains the text of --text, {FLAGS.text}")
-    else:
-        texts, held_out = eval_data.split_text(FLAGS.text, FLAGS.calibration_help)
+    texts, held_out = eval_data.read_texts(
+        FLAGS.calibration_text, FLAGS.text, FLAGS.calibration_help
+    )
     learned = {domain: corpora.encode_text(tokenizer, text) for domain, text in texts.items()}
     tokens = corpora.encode_text(tokenizer, held_out)[: FLAGS.text_tokens]
     windows = corpora.windows(tokens, corpora.token_bytes(tokenizer), WINDOW)

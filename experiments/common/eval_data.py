@@ -129,6 +129,33 @@ def split_text(path: str | None, help_topics: bool = True) -> tuple[dict[str, st
     return calibration_data.with_help(texts) if help_topics else texts, content[cut:]
 
 
+def read_texts(
+    calibration: Sequence[str], evaluation: str, help_topics: bool = True
+) -> tuple[dict[str, str], str]:
+    """Return the texts for calibration by domain, and the text for evaluation.
+
+    Args:
+      calibration: UTF-8 files, one domain each; empty splits the file for evaluation, see
+        `split_text`.
+      evaluation: UTF-8 file.
+      help_topics: also calibrates on the calibration half of CPython's help topics.
+
+    Returns:
+      `(calibration, evaluation)`.
+
+    Raises:
+      DataError: a file cannot be read, two domains have the same name, or the text for evaluation
+        is also one for calibration.
+    """
+    if not calibration:
+        return split_text(evaluation, help_topics)
+    texts = calibration_data.read_texts(calibration, help_topics)
+    held_out = corpora.read_text(evaluation)
+    if held_out in texts.values():
+        raise DataError(f"{evaluation}: is a text for calibration too; evaluate on another one")
+    return texts, held_out
+
+
 def recordings(
     folder: str | None, speakers: Sequence[str], seed: int
 ) -> tuple[list[speech.Utterance], list[speech.Utterance], list[str]]:

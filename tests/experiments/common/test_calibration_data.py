@@ -74,6 +74,26 @@ def test_split_text_adds_the_calibration_half_of_help(tmp_path):
     assert held_out == corpora.pydoc_topics("evaluation")
 
 
+def test_read_texts_refuses_to_evaluate_on_calibration(tmp_path):
+    for name in ("wiki", "book", "copy"):
+        (tmp_path / name).write_text(f"{'wiki' if name == 'copy' else name}\n" * 6)
+    wiki, book, copy = (str(tmp_path / name) for name in ("wiki", "book", "copy"))
+    texts, held_out = eval_data.read_texts([wiki], book)
+    assert (list(texts), held_out) == (["wiki", "help"], "book\n" * 6)
+    assert eval_data.read_texts([], wiki) == eval_data.split_text(wiki)
+    for path in (wiki, copy):
+        with pytest.raises(DataError, match="is a text for calibration too"):
+            eval_data.read_texts([book, path], wiki)
+
+
+def test_screen_batches_are_a_domain():
+    checkpoint = ge.shipped("nano")
+    config, tokenizer = ge.build(checkpoint).config, ge.load_tokenizer(checkpoint)
+    (batch,) = calibration_data.screen_batches(config, tokenizer, [], None, 0, 1, screens=1)
+    assert batch["domain"] == "screens"
+    assert batch["images"].shape[0] == 1
+
+
 def test_quality_batches_with_a_domain_return_from_their_files(tmp_path):
     batch = {"tokens": np.ones((2, 3), np.int32), "domain": "wiki"}
     np.savez(tmp_path / "a.npz", **batch)
