@@ -62,6 +62,9 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "text", None, "UTF-8 file: a third for healing, the rest for the measurement."
     )
+    flags.DEFINE_bool(
+        "calibration_help", True, "Heal --text also on half of CPython's help topics."
+    )
     flags.DEFINE_string("recipe", "quickstart", "Name of a recipe, or a JSON file.")
     flags.DEFINE_string(
         "digits_dir",
@@ -98,6 +101,7 @@ def main(argv: Sequence[str]) -> None:
         text_tokens=1024 if FLAGS.smoke else FLAGS.text_tokens,
         seed=FLAGS.seed,
         calibration_batches=4 if FLAGS.smoke else 96,
+        help_topics=FLAGS.calibration_help,
     )
     for note in data.notes:
         print(f"note: {note}", file=sys.stderr)

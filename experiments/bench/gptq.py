@@ -58,7 +58,9 @@ OURS = {
         _FORMAT,
         where=_WHERE,
         scale="max",
-        solver=ge.compress.SolverOptions(act_order=False, propagate=0.0, refit=False, sweeps=0),
+        solver=ge.compress.SolverOptions(
+            act_order=False, propagate=0.0, refit=False, sweeps=0, shrinkage=0.0
+        ),
     ),
 }
 PEER = """

@@ -16,9 +16,11 @@ since some peers pack them only in their kernels. Two rows without compression s
 A model without vision, such as --checkpoint=smollm2, is measured on text only. Its weights are
 already on a 4-bit grid, see `experiments/common/real_models.py`.
 
-All methods calibrate on the same --calibration_windows of --calibration_text, and on screens if the
-method accepts inputs of layers. Screens, digits, speakers and text differ from those of the
-measurement.
+All methods calibrate on the same --calibration_windows of text, and on screens if the method
+accepts inputs of layers. Screens, digits, speakers and text differ from those of the measurement.
+Texts are the files of --calibration_text (comma-separated) and the calibration half of CPython's
+help topics, with an equal number of windows each; --nocalibration_help excludes the help topics.
+Each text is a domain, and so are the screens, see `glm_edge.compress.domains`.
 
 A peer runs in a separate process and may have its own environment:
 
@@ -36,39 +38,35 @@ of KL excludes zero.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 import glm_edge as ge
+from experiments.bench import gathered
 from experiments.bench.peers import exchange
 from experiments.bench.peers.comparison import verdicts, with_intervals, without_windows
 from experiments.bench.peers.methods import DECODER, METHODS, OURS, REFERENCE, Method, as_json
 from experiments.bench.peers.scoring import Scorer
 from experiments.bench.peers.table import INTERVAL, Columns, cells, columns_of, figure, titles
-from experiments.common import calibration_data, eval_data, tap_items, text_domains
 from experiments.common.child import Child, ChildError
 from experiments.common.provenance import provenance_of
 from glm_edge import params as boxes
 from glm_edge.checkpoint.companions import read_companions
 from glm_edge.cli import corpora
-from glm_edge.cli.checkpoints import CHECKPOINT_HELP, NANO, checkpoint_of
 from glm_edge.cli.console import launch, refuse_arguments
-from glm_edge.compress.batches import INPUTS
 from glm_edge.errors import DataError, OutputError
 from glm_edge.tables import text_table
 
@@ -78,7 +76,8 @@ PEERS = ("qwix", "ggml", "torchao", "ai_edge", "gptqmodel", "auto_round")
 
 def define_flags() -> None:
     """Define this script's flags."""
-    define_shared_flags()
+    gathered.define_flags()
+    flags.adopt_module_key_flags(gathered)
     flags.DEFINE_string("ggml_library", None, "Path of llama.cpp's libggml-base.so (dylib, dll).")
     for peer in PEERS:
         flags.DEFINE_string(
@@ -86,46 +85,12 @@ def define_flags() -> None:
         )
 
 
-def define_shared_flags() -> None:
-    """Define the flags of measurement, calibration and selection."""
-    flags.DEFINE_string(
-        "out_dir", None, "Output directory, with one JSON file per method.", required=True
-    )
-    flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
-    flags.DEFINE_list(
-        "text",
-        None,
-        "UTF-8 files for the measurement, one per domain, which is named by its file.",
-        required=True,
-    )
-    flags.DEFINE_bool("text_help", True, "Measure also on half of CPython's help topics.")
-    flags.DEFINE_string("calibration_text", None, "UTF-8 file for calibration.", required=True)
-    flags.DEFINE_integer("text_tokens", 65536, "Maximum number of tokens to score per domain.", 512)
-    flags.DEFINE_integer("calibration_windows", 64, "Number of calibration windows of text.", 8)
-    flags.DEFINE_integer(
-        "training_windows", 4800, "Number of training windows of text for trained rows.", 8
-    )
-    flags.DEFINE_integer(
-        "calibration_screens", 32, "Number of calibration screens, with several questions each.", 4
-    )
-    flags.DEFINE_integer("screens", 200, "Number of measured questions of each kind.", 1)
-    flags.DEFINE_string(
-        "digits_dir",
-        None,
-        "Folder of MNIST files for the keys of screens; default: scikit-learn's digits.",
-    )
-    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")
-    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to use; default: all.")
-    flags.DEFINE_string("methods", "", "Regular expression; runs the methods whose names match.")
-    flags.DEFINE_integer("seed", 0, "Seed of screens and questions.")
-
-
 def main(argv: Sequence[str]) -> None:
     refuse_arguments(argv)
     chosen = chosen_methods(FLAGS.methods)
     directory = Path(FLAGS.out_dir).resolve()
     results = directory / "results"
-    settings = run_settings()
+    settings = gathered.run_settings()
     waiting = [method for method in chosen if not finished(results, method, settings)]
     if waiting:
         bench = Bench(directory, settings, waiting)
@@ -176,20 +141,6 @@ def measure(
         print(f"[{number}/{len(waiting)}] " + "; ".join(shown), flush=True)
 
 
-def run_settings() -> dict[str, Any]:
-    """Return the settings that all rows of a table share, with a checksum of the text."""
-    names = ("text_tokens", "calibration_windows", "calibration_screens", "screens", "seed")
-    settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
-    settings["text"] = text_domains.checksums(text_domains.held_out(FLAGS.text, FLAGS.text_help))
-    learned = {"calibration_text": corpora.read_text(FLAGS.calibration_text)}
-    settings |= text_domains.checksums(learned)
-    for name in ("digits_dir", "speech_dir"):
-        settings[name] = FLAGS[name].value and Path(FLAGS[name].value).name
-    if FLAGS.checkpoint not in (None, "", NANO):
-        settings["checkpoint"] = Path(FLAGS.checkpoint).name
-    return {**settings, "speakers": ",".join(FLAGS.speakers)}
-
-
 def finished(results: Path, method: Method, settings: dict[str, Any]) -> bool:
     """Return True for a method that has a result.
 
@@ -215,63 +166,6 @@ def slug(method: Method) -> str:
     return re.sub(r"[^a-z0-9_.]+", "-", method.name.lower())
 
 
-@dataclasses.dataclass(frozen=True)
-class Gathered:
-    """The model, and its data for measurement and calibration.
-
-    Attributes:
-      checkpoint: path of the model.
-      model: the float32 model.
-      params: its parameters.
-      tokenizer: tokenizer of the model.
-      learned: token ids of the calibration text.
-      windows: windows of held-out text by domain.
-      questions: questions by kind (`image`, `spoken`).
-      utterances: recordings for calibration.
-    """
-
-    checkpoint: Path
-    model: Any
-    params: Any
-    tokenizer: Any
-    learned: np.ndarray
-    windows: dict[str, corpora.Windows]
-    questions: dict[str, list[tap_items.Item]]
-    utterances: Sequence[Any]
-
-    def texts(self, count: int, size: int = 8) -> list[dict[str, Any]]:
-        """Draw calibration batches of text."""
-        return calibration_data.token_batches(self.learned, count, size)
-
-    def screens(self, count: int) -> list[dict[str, Any]]:
-        """Draw calibration batches of four screens; none for a model without vision."""
-        if self.model.config.vision is None:
-            return []
-        return calibration_data.screen_batches(
-            self.model.config, self.tokenizer, self.utterances, FLAGS.digits_dir, FLAGS.seed, count
-        )
-
-
-def gather() -> Gathered:
-    """Load the model and read the data that the flags name."""
-    checkpoint = checkpoint_of(FLAGS.checkpoint)
-    model, params = ge.load(checkpoint, dtype="float32")
-    tokenizer = ge.load_tokenizer(checkpoint)
-    learned = corpora.encode_text(tokenizer, corpora.read_text(FLAGS.calibration_text))
-    texts = text_domains.held_out(FLAGS.text, FLAGS.text_help)
-    windows = text_domains.complete_windows(texts, tokenizer, FLAGS.text_tokens)
-    questions: dict[str, list[tap_items.Item]] = {"image": [], "spoken": []}
-    others: Sequence[Any] = []
-    if model.config.vision is not None:
-        heard, others, notes = eval_data.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-        draw = [FLAGS.screens, FLAGS.seed, FLAGS.digits_dir]
-        questions["image"] = tap_items.draw_items(*draw)
-        questions["spoken"] = tap_items.draw_items(*draw, heard) if heard else []
-    return Gathered(checkpoint, model, params, tokenizer, learned, windows, questions, others)
-
-
 class Bench:
     """The model, its scorer, and the input files of peers.
 
@@ -283,7 +177,7 @@ class Bench:
 
     def __init__(self, directory: Path, settings: dict[str, Any], chosen: Sequence[Method]):
         self.settings, self.work = settings, directory / "exchange"
-        self.data = gather()
+        self.data = gathered.gather()
         self.checkpoint, self.model = self.data.checkpoint, self.data.model
         self.params = self.data.params
         texts = self.data.texts(FLAGS.calibration_windows // 8)
@@ -382,7 +276,7 @@ class Bench:
     def _write_calibration(self, texts: list[Any], screens: list[Any]) -> None:
         """Write calibration batches."""
         (self.work / "calibration").mkdir(parents=True, exist_ok=True)
-        for index, batch in enumerate(alternate(texts, screens)):
+        for index, batch in enumerate(gathered.alternate(texts, screens)):
             np.savez(self.work / "calibration" / f"{index:03d}.npz", **batch)
 
     def _write_for_peers(self, texts: list[Any], screens: list[Any]) -> None:
@@ -409,43 +303,11 @@ class Bench:
     def _write_training(self) -> None:
         """Write batches of four rows, a fifth of them screens, for methods that train."""
         (self.work / "training").mkdir(parents=True, exist_ok=True)
-        for index, batch in enumerate(training_batches(self.data)):
+        for index, batch in enumerate(gathered.training_batches(self.data)):
             np.savez(self.work / "training" / f"{index:05d}.npz", **batch)
 
     def _inputs(self, batch: dict[str, Any], paths: set[str]) -> dict[str, np.ndarray]:
-        return sown_inputs(self.model, self.params, batch, paths)
-
-
-def training_batches(data: Gathered) -> list[dict[str, Any]]:
-    """Draw batches of four rows: --training_windows of text, and a quarter as many of screens.
-
-    Half of the screen batches are drawn and then used twice, so that a fifth of all batches are
-    screens.
-    """
-    texts = data.texts(FLAGS.training_windows // 4, 4)
-    screens = data.screens(len(texts) // 8)
-    return [*texts, *screens, *screens]
-
-
-def sown_inputs(
-    model: Any, params: Any, batch: dict[str, Any], paths: Collection[str]
-) -> dict[str, np.ndarray]:
-    """Return the input rows float32 [N, in] of some matrices."""
-    sown = boxes.path_items(_sown_inputs(model, params, batch)["inputs"])
-    rows = {path.replace("/rows", "/weight").removesuffix("/0"): leaf for path, leaf in sown}
-    return {path: np.asarray(rows[path], np.float32) for path in paths}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _sown_inputs(model, params, batch):
-    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
-    return model.apply({"params": params}, batch["tokens"], **inputs, mutable=["inputs"])[1]
-
-
-def alternate(first: list[Any], second: list[Any]) -> list[Any]:
-    """Interleave two lists, and append the remaining items of the longer one."""
-    longest = max(len(first), len(second))
-    return [x for i in range(longest) for x in (*first[i : i + 1], *second[i : i + 1])]
+        return gathered.sown_inputs(self.model, self.params, batch, paths)
 
 
 def rows_found(results: Path, methods: Sequence[Method]) -> list[dict[str, Any]]:
@@ -484,8 +346,8 @@ def run_of(
       versions: versions of the peer's packages.
       further: flags of the script that affect the row, besides the shared ones.
     """
-    names = ["text_tokens", "text_help", "calibration_windows", "training_windows"]
-    names += ["calibration_screens", "screens", "speakers", "seed", *further]
+    names = ["text_tokens", "text_help", "calibration_help", "calibration_windows"]
+    names += ["training_windows", "calibration_screens", "screens", "speakers", "seed", *further]
     paths = ("text", "calibration_text", "digits_dir", "speech_dir", "out_dir")
     placeholders = [f"--{name}={name.upper()}" for name in paths if FLAGS[name].value]
     if FLAGS.checkpoint:

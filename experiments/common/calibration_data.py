@@ -1,6 +1,7 @@
-"""Calibration batches for nano: screens with written and spoken questions, and text."""
+"""Calibration batches for nano: screens with written and spoken questions, and texts by domain."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,32 +12,60 @@ from experiments.nano.batches import Layout, ScreenBatches
 from experiments.nano.phone_screens import digits, generator, speech
 from glm_edge.cli import corpora
 from glm_edge.cli.loss import WINDOW
+from glm_edge.compress.domains import KEY as DOMAIN
 from glm_edge.configs import GLMConfig
 
 Batch = dict[str, Any]
+SCREENS = "screens"
 
 
-def text_batches(tokenizer: Tokenizer, text: str, count: int, size: int = 8) -> list[Batch]:
-    """Cut text into `count` batches of `size` evenly spaced windows each.
+def text_batches(
+    tokenizer: Tokenizer, texts: Mapping[str, str], count: int, size: int = 8
+) -> list[Batch]:
+    """Cut texts into `count` batches of `size` evenly spaced windows each.
 
     Args:
       tokenizer: tokenizer of the model.
-      text: calibration text; it should not overlap with the evaluation text.
-      count: number of batches; fewer for a short text.
+      texts: calibration text by domain; it should not overlap with the evaluation text.
+      count: number of batches; fewer if all texts are short.
       size: windows per batch.
 
     Returns:
-      Batches of `tokens` [size, WINDOW].
+      Batches as from `token_batches`.
     """
-    return token_batches(corpora.encode_text(tokenizer, text), count, size)
+    ids = {domain: corpora.encode_text(tokenizer, text) for domain, text in texts.items()}
+    return token_batches(ids, count, size)
 
 
-def token_batches(ids: np.ndarray, count: int, size: int = 8) -> list[Batch]:
-    """Make batches like `text_batches` from token ids; a short text is repeated to fill one."""
-    windows = np.resize(ids, (max(len(ids) // WINDOW, size), WINDOW)).astype(np.int32)
-    batches = min(count, len(windows) // size)
-    chosen = windows[np.linspace(0, len(windows) - 1, batches * size).astype(int)]
-    return [{"tokens": rows} for rows in chosen.reshape(batches, size, WINDOW)]
+def token_batches(ids: Mapping[str, np.ndarray], count: int, size: int = 8) -> list[Batch]:
+    """Make batches like `text_batches` from token ids by domain.
+
+    Every domain has the same number of batches, in turn. A domain whose text is too short leaves
+    its share to the others. A text shorter than one batch is repeated to fill one.
+
+    Args:
+      ids: token ids by domain.
+      count: number of batches.
+      size: windows per batch.
+
+    Returns:
+      Batches of `tokens` [size, WINDOW] and `domain`.
+    """
+    windows = {
+        domain: np.resize(tokens, (max(len(tokens) // WINDOW, size), WINDOW)).astype(np.int32)
+        for domain, tokens in ids.items()
+    }
+    batches: dict[str, list[Batch]] = {domain: [] for domain in ids}
+    # Shortest first, so that the share of a short text goes to longer ones.
+    by_length = sorted(windows, key=lambda domain: len(windows[domain]))
+    for index, domain in enumerate(by_length):
+        number = min(count // (len(by_length) - index), len(windows[domain]) // size)
+        count -= number
+        chosen = np.linspace(0, len(windows[domain]) - 1, number * size).astype(int)
+        for rows in windows[domain][chosen].reshape(number, size, WINDOW):
+            batches[domain].append({"tokens": rows, DOMAIN: domain})
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*batches.values()))
+    return [batch for batch in in_turn if batch is not None]
 
 
 def screen_batches(
@@ -62,7 +91,8 @@ def screen_batches(
       screens: rows per batch.
 
     Returns:
-      Batches with tokens, loss_mask, images, positions and mask; also audio for spoken questions.
+      Batches of the domain `screens` with tokens, loss_mask, images, positions and mask; also audio
+      for spoken questions.
     """
     source = digits.mnist_folder(digits_dir, "train") if digits_dir else None
     drawer = generator.ScreenGenerator(source or digits.sklearn_digits("train"))
@@ -87,6 +117,7 @@ def as_batch(drawn: dict[str, np.ndarray], layout: Layout, config: GLMConfig) ->
         "images": drawn["images"],
         "positions": np.broadcast_to(layout.positions, drawn["tokens"].shape),
         "mask": layout.mask,
+        DOMAIN: SCREENS,
     }
     if drawn["samples"].shape[1]:
         mel = mel_of(drawn["samples"].reshape(-1, drawn["samples"].shape[-1]), config)

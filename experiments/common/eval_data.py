@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import glm_edge as ge
-from experiments.common import calibration_data, tap_items
+from experiments.common import calibration_data, tap_items, text_domains
 from experiments.nano.phone_screens import speech
 from glm_edge.checkpoint.companions import has_tokenizer
 from glm_edge.cli import corpora
@@ -51,6 +51,7 @@ def gather(
     text_tokens: int,
     seed: int,
     calibration_batches: int,
+    help_topics: bool = True,
 ) -> EvalData:
     """Draw screens, read text and recordings, and make calibration batches.
 
@@ -66,12 +67,13 @@ def gather(
       text_tokens: maximum number of tokens to score.
       seed: seed of all random values.
       calibration_batches: number of calibration batches.
+      help_topics: also calibrates on the calibration half of CPython's help topics.
 
     Returns:
       The evaluation data.
     """
     notes = []
-    learned, held_out = split_text(text)
+    texts, held_out = split_text(text, help_topics)
     tokenizer = None
     if has_tokenizer(checkpoint):
         tokenizer = ge.load_tokenizer(checkpoint)
@@ -87,7 +89,8 @@ def gather(
         encode = functools.partial(corpora.encode_text, tokenizer)
         bytes_of_token = corpora.token_bytes(tokenizer)
     windows = corpora.windows(encode(held_out)[:text_tokens], bytes_of_token, WINDOW)
-    from_text = calibration_data.token_batches(encode(learned), calibration_batches)
+    ids = {domain: encode(learned) for domain, learned in texts.items()}
+    from_text = calibration_data.token_batches(ids, calibration_batches)
     written, spoken, from_screens = [], [], []
     if config.vision is not None and tokenizer is not None:
         written = tap_items.draw_items(screens, seed, digits_dir)
@@ -107,21 +110,23 @@ def gather(
     return EvalData(tokenizer, windows, written, spoken, mixed, notes)
 
 
-def split_text(path: str | None) -> tuple[str, str]:
-    """Return the text for calibration and the text for evaluation.
+def split_text(path: str | None, help_topics: bool = True) -> tuple[dict[str, str], str]:
+    """Return the texts for calibration by domain, and the text for evaluation.
 
     Args:
       path: UTF-8 file, whose first third is for calibration and whose rest is for evaluation. None
         uses the two halves of CPython's help topics.
+      help_topics: adds the calibration half of CPython's help topics to that of a file.
 
     Returns:
       `(calibration, evaluation)`.
     """
     if path is None:
-        return corpora.pydoc_topics("calibration"), corpora.pydoc_topics("evaluation")
+        return text_domains.read_texts([], "calibration"), corpora.pydoc_topics("evaluation")
     content = corpora.read_text(path)
     cut = content.find("\n", len(content) // 3) + 1 or len(content) // 3
-    return content[:cut], content[cut:]
+    further = text_domains.read_texts([], "calibration", help_topics)
+    return {Path(path).stem: content[:cut], **further}, content[cut:]
 
 
 def recordings(

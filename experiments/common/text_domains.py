@@ -1,8 +1,9 @@
-"""Held-out text of several domains: one per file, and CPython's help topics."""
+"""Text of several domains: one per file, and CPython's help topics."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import Tokenizer
 
@@ -13,28 +14,36 @@ from glm_edge.errors import DataError
 HELP = "help"
 
 
-def held_out(paths: Sequence[str], with_help: bool) -> dict[str, str]:
+def read_texts(
+    paths: Sequence[str], half: Literal["calibration", "evaluation"], help_topics: bool = True
+) -> dict[str, str]:
     """Read text by domain.
 
     Args:
-      paths: UTF-8 files, each a domain with the file's name.
-      with_help: whether the evaluation half of CPython's help topics is a further domain.
+      paths: UTF-8 files; the name of a file without its suffix is its domain.
+      half: half of CPython's help topics that is the domain `help`.
+      help_topics: whether to add that domain.
 
     Returns:
-      Text by name of the domain.
+      Texts by domain.
 
     Raises:
-      DataError: a file is not text, or two domains have the same name.
+      DataError: a file cannot be read, or two domains have the same name.
     """
     texts: dict[str, str] = {}
     for path in paths:
-        name = Path(path).stem
-        if name in (*texts, HELP):
-            raise DataError(f"{path}: a second domain {name!r}; rename the file")
-        texts[name] = corpora.read_text(path)
-    if with_help:
-        texts[HELP] = corpora.pydoc_topics("evaluation")
-    return texts
+        domain = Path(path).stem
+        if domain in texts or (help_topics and domain == HELP):
+            raise DataError(f"{path}: two texts are named {domain}; rename one")
+        texts[domain] = corpora.read_text(path)
+    return {**texts, HELP: corpora.pydoc_topics(half)} if help_topics else texts
+
+
+def refuse_shared(learned: Mapping[str, str], held_out: Mapping[str, str]) -> None:
+    """Raise DataError if a text for evaluation is also one for calibration."""
+    for domain, text in held_out.items():
+        if text in learned.values():
+            raise DataError(f"{domain}: is a text for calibration too; evaluate on another one")
 
 
 def complete_windows(

@@ -14,9 +14,11 @@ transforms processes one layer at a time, so the model need not fit in memory. A
 interruption, the same command resumes. Other recipes (pruning, distillation) load the complete
 model and compute in float32; floating-point parameters are then stored in the source's type again.
 
---calibration is a UTF-8 text file, cut into --sequences windows of --length tokens, or an .npz file
-of arrays `tokens` [N, T] and, where the model has encoders, `images` [N, ...] and `audio` [N, ...].
-A model with encoders rejects calibration batches without images or audio, unless --without names
+--calibration is a UTF-8 text file, or an .npz file of arrays `tokens` [N, T] and, where the model
+has encoders, `images` [N, ...] and `audio` [N, ...]; or a comma-separated list of such files. Texts
+are cut into --sequences windows of --length tokens, an equal number per file. Each file is a
+domain: with several, `quantize.gptq` and `prune.sparsegpt` lose less on texts of other domains. A
+model with encoders rejects calibration batches without images or audio, unless --without names
 them. On two cores, a checkpoint of 1.5 billion parameters takes 13 s by rounding to nearest, and
 about 28 minutes by GPTQ.
 """
@@ -39,6 +41,7 @@ from glm_edge.cli.console import print_table, progress, refuse_arguments
 from glm_edge.cli.in_memory import as_stored, load_wide
 from glm_edge.cli.loss import text_loss
 from glm_edge.cli.run import run_of
+from glm_edge.compress.domains import KEY as DOMAIN
 from glm_edge.compress.layerwise.stream import compress_checkpoint, is_streamable
 from glm_edge.compress.report import Report
 from glm_edge.compress.transform import Transform
@@ -54,8 +57,8 @@ def define_flags() -> None:
     """Define the command's flags."""
     flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
     flags.DEFINE_string("recipe", "phone", f"JSON file, or one of {', '.join(ge.recipes.NAMED)}.")
-    flags.DEFINE_string("calibration", None, "UTF-8 text file, or .npz file of batches.")
-    flags.DEFINE_integer("sequences", 64, "Number of windows of calibration text.", 1)
+    flags.DEFINE_list("calibration", [], "UTF-8 text files, or .npz files of batches.")
+    flags.DEFINE_integer("sequences", 64, "Number of windows of calibration text, of all files.", 1)
     flags.DEFINE_integer("length", 256, "Tokens per window, of calibration and of --text.", 2)
     flags.DEFINE_integer("batch", 4, "Windows per batch.", 1)
     flags.DEFINE_list("without", [], "Inputs that calibration may omit: images, audio.")
@@ -123,15 +126,18 @@ def main(argv: Sequence[str], draw: Callable[[Path], Batches] | None = None) -> 
 
 def read_calibration(source: Path) -> Batches:
     """Read the calibration batches that the flags name; return none without --calibration."""
-    if not FLAGS.calibration:
-        return []
-    return calibration.from_file(
-        FLAGS.calibration,
-        None if FLAGS.calibration.endswith(".npz") else ge.load_tokenizer(source),
-        FLAGS.sequences,
-        FLAGS.length,
-        FLAGS.batch,
-    )
+    paths = FLAGS.calibration
+    return [
+        {DOMAIN: Path(path).stem, **batch}
+        for path in paths
+        for batch in calibration.from_file(
+            path,
+            None if path.endswith(".npz") else ge.load_tokenizer(source),
+            max(1, FLAGS.sequences // len(paths)),
+            FLAGS.length,
+            FLAGS.batch,
+        )
+    ]
 
 
 def summarize(

@@ -16,6 +16,8 @@ result of `glm_edge.Processor`:
 - `audio`: optional, [B, frames, mel_bins] or [B, K, ...]; or, with `audio_frames` int [N], chunks
   [N, frames, mel_bins] of all rows in reading order.
 - `positions` and `mask`: optional, as the model defines them.
+- `domain`: optional, a string that names the source of the batch, such as `wiki`, see
+  `glm_edge.compress.domains`. Models do not read it.
 
 Other models read any pytree of arrays through functions, see `glm_edge.Calibration`.
 """
@@ -34,6 +36,8 @@ from jax import Array
 
 from glm_edge.compress import calibration as calibrations
 from glm_edge.compress.calibration import Called, check_without, has_length, is_empty
+from glm_edge.compress.domains import KEY as DOMAIN
+from glm_edge.compress.domains import without_domain
 from glm_edge.compress.padding import valid_tokens, without_padding
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM, audio_features, feature_counts
@@ -45,7 +49,7 @@ Item = TypeVar("Item")
 NO_WEIGHT = 1e-6
 INPUTS = ("images", "audio", "positions", "mask", "audio_frames")
 KINDS = ("text", "images", "audio")
-KEYS = ("tokens", "loss_mask", *INPUTS, "valid")
+KEYS = ("tokens", "loss_mask", *INPUTS, "valid", DOMAIN)
 
 
 def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -203,8 +207,8 @@ def to_device(model: Any, batch: Any, where: str = "calibration") -> Batch:
       where: name of the batch for messages.
 
     Returns:
-      The batch without None values. Rows begin with their first valid token and have the length of
-      the longest row; `valid` is present only if lengths differ.
+      The batch without None values and without its domain. Rows begin with their first valid token
+      and have the length of the longest row; `valid` is present only if lengths differ.
 
     Raises:
       DataError: a key is unknown, or an array is missing or has a wrong shape or type.
@@ -217,6 +221,7 @@ def to_device(model: Any, batch: Any, where: str = "calibration") -> Batch:
             "shape pass calibration=glm_edge.Calibration(batches, apply=..., loss=...)"
         )
     batch = {name: value for name, value in dict(batch).items() if value is not None}
+    batch = without_domain(batch, where)
     unknown = sorted(set(batch) - set(KEYS), key=str)
     if unknown:
         raise DataError(

@@ -14,6 +14,7 @@ import numpy as np
 from flax.errors import ModifyScopeVariableError, ScopeCollectionNotFound
 from jax import Array
 
+from glm_edge.compress import domains
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params.tree import Params
 
@@ -42,6 +43,7 @@ class Calibration:
 
     Attributes:
       batches: a list, or another collection that can be read more than once, of pytrees of arrays.
+        A string under the key `domain` of a dict names its source; the functions do not see it.
       apply: function `apply(model, variables, batch)` that returns logits [..., N], alone or first
         in a tuple. Required by distillation, block-wise training and measured allocation.
       loss: function `loss(model, variables, batch)` that returns the mean loss over the rows of the
@@ -296,7 +298,9 @@ def to_device(model: Called, batch: Any, where: str) -> dict[str, Any]:
         return jnp.asarray(array)
 
     if isinstance(batch, Mapping):
-        batch = dict(batch)
+        # Only a string is a domain; an array of that name belongs to the functions.
+        named = domains.domain_of(batch) is not None
+        batch = domains.without_domain(batch, where) if named else dict(batch)
     arrays = jax.tree_util.tree_map_with_path(moved, batch)
     if not jax.tree.leaves(arrays):
         raise DataError(f"{where}: the batch contains no array")

@@ -23,6 +23,7 @@ from glm_edge.params.tree import Params
 
 THRESHOLD = 0.95
 _INPUTS = ("images", "audio", "positions", "mask")
+_READ = ("tokens", "loss_mask", *_INPUTS)
 
 
 @jax.tree_util.register_dataclass
@@ -123,7 +124,8 @@ def fit_exits(
     after = _checked_exits(after, model.config.decoder.num_layers)
     sums: dict[int, np.ndarray] = {}
     for batch in data:
-        moments = jax.device_get(_moments(model, params, dict(batch), after))
+        read = {name: batch[name] for name in _READ if batch.get(name) is not None}
+        moments = jax.device_get(_moments(model, params, read, after))
         for index, moment in zip(after, moments, strict=True):
             sums[index] = sums.get(index, np.zeros(())) + np.asarray(moment, np.float64)
     if not sums:

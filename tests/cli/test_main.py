@@ -234,6 +234,28 @@ def test_compress_refuses_before_it_loads(complete, run, tmp_path, source, monke
         run(*arguments)
 
 
+def test_compress_reads_an_equal_share_per_file(run, tmp_path, source, monkeypatch):
+    for name in ("wiki.txt", "book.txt"):
+        (tmp_path / name).write_text(f"A sentence of {name} with several words. " * 200)
+    np.savez(tmp_path / "own.npz", tokens=np.ones((3, 8), np.int32))
+    results = []
+    monkeypatch.setattr(compress, "main", lambda argv: results.append(read(source)))
+    read = compress.read_calibration
+    flags = ["--out_dir=a", "--sequences=8", "--length=16", "--batch=2"]
+    for names in ("wiki.txt", "wiki.txt,book.txt", "own.npz,book.txt"):
+        paths = ",".join(str(tmp_path / name) for name in names.split(","))
+        run("compress", *flags, f"--calibration={paths}")
+    run("compress", *flags)
+    rows = [[(batch["domain"], len(batch["tokens"])) for batch in data] for data in results]
+    book = [("book", 2)] * 2
+    assert rows == [
+        [("wiki", 2)] * 4,
+        [("wiki", 2)] * 2 + book,
+        [("own", 2), ("own", 1), *book],
+        [],
+    ]
+
+
 def test_show_prints_what_the_reader_should_know(run, tmp_path, source, capsys):
     numbers = {"bytes_before": 2, "bytes_after": 1, "bits_per_weight": 8.0}
     more = {"seconds": 1.0, "peak_rss_bytes": 1, "notes": ["one", "two"]}

@@ -18,6 +18,7 @@ import numpy as np
 import glm_edge as ge
 from experiments.common import child
 from glm_edge import params as boxes
+from glm_edge.compress.domains import KEY as DOMAIN
 
 
 def quantize(
@@ -38,7 +39,7 @@ def quantize(
     """
     model, params = ge.load(checkpoint, dtype="float32")
     transform = ge.recipe_from_json(recipe)
-    batches = [dict(np.load(path)) for path in sorted(Path(calibration).glob("*.npz"))]
+    batches = [read_batch(path) for path in sorted(Path(calibration).glob("*.npz"))]
     without = ("images", "audio") if text_only else ()
     if text_only:
         batches = [batch for batch in batches if "images" not in batch]
@@ -51,6 +52,13 @@ def quantize(
     shutil.rmtree(out, ignore_errors=True)
     ge.save(model, dense, out, format="safetensors")
     return meta
+
+
+def read_batch(path: Path) -> dict[str, Any]:
+    """Read a batch that `np.savez` wrote; its domain becomes a string again."""
+    with np.load(path) as file:
+        batch = dict(file)
+    return batch | {DOMAIN: str(batch[DOMAIN])} if DOMAIN in batch else batch
 
 
 def sizes(params, where: str) -> dict[str, int]:

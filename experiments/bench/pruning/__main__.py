@@ -13,8 +13,8 @@ At unstructured 50 % and at 2:4, glm_edge is compared with magnitude, Wanda, Spa
 JaxPruner's magnitude, reimplemented in float64 numpy (`bench/peers/sparsity.py`; JaxPruner cannot
 be imported with current jax). At 30 % of the decoder's parameters, heads and neurons are removed
 from the arrays, and the rest is healed by distillation. All methods calibrate on the same
---calibration_windows of --calibration_text and --calibration_screens. Healing uses
---training_windows of the text, and screens with half of the questions spoken: a fifth of the
+--calibration_windows of text, see `experiments.bench.quality`, and --calibration_screens. Healing
+uses --training_windows of the texts, and screens with half of the questions spoken: a fifth of the
 batches under a mask, two fifths after a removal. Screens, digits, speakers and text differ from
 those of the measurement. Labels are a tenth of the healing loss, so the row
 `nothing removed, trained likewise` shows the effect of more training alone.
@@ -40,6 +40,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 import jax
 from absl import flags
 
+from experiments.bench import gathered
 from experiments.bench import quality as bench_quality
 from experiments.bench.peers.comparison import with_intervals, without_windows
 from experiments.bench.peers.methods import Method
@@ -57,8 +58,8 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Define this script's flags."""
-    bench_quality.define_shared_flags()
-    flags.adopt_module_key_flags(bench_quality)
+    gathered.define_flags()
+    flags.adopt_module_key_flags(gathered)
     FLAGS.set_default("screens", 320)
     flags.DEFINE_integer("steps", 1500, "Steps of distillation after a removal.", 1)
     flags.DEFINE_integer("sparse_steps", 800, "Steps of distillation under a mask.", 1)
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     chosen = bench_quality.chosen_methods(FLAGS.methods, methods)
     directory = Path(FLAGS.out_dir).resolve()
     results = directory / "results"
-    settings = {**bench_quality.run_settings(), "training_windows": FLAGS.training_windows}
+    settings = {**gathered.run_settings(), "training_windows": FLAGS.training_windows}
     waiting = [m for m in chosen if not bench_quality.finished(results, m, settings)]
     if waiting:
         bench = Bench(directory, settings)
@@ -93,15 +94,15 @@ class Bench:
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any]):
-        self.settings, self.data = settings, bench_quality.gather()
+        self.settings, self.data = settings, gathered.gather()
         data, model, params = self.data, self.data.model, self.data.params
-        calibration = bench_quality.alternate(
+        calibration = gathered.alternate(
             data.texts(FLAGS.calibration_windows // 8), data.screens(FLAGS.calibration_screens // 4)
         )
         self.worker = work.Worker(
             data,
             calibration,
-            lambda: bench_quality.training_batches(data),
+            lambda: gathered.training_batches(data),
             directory / "states",
             FLAGS.seed,
         )

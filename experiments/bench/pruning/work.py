@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import glm_edge as ge
+from experiments.bench.gathered import Gathered, sown_inputs
 from experiments.bench.peers import sparsity
 from experiments.bench.peers.methods import DECODER, OURS, Method
 from experiments.bench.pruning.rows import RESTATED
-from experiments.bench.quality import Gathered, sown_inputs
 from glm_edge import params as boxes
 from glm_edge.cli.console import progress
 from glm_edge.compress import batches

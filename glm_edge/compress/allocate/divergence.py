@@ -13,6 +13,7 @@ from glm_edge import params as boxes
 from glm_edge.compress import batches
 from glm_edge.compress.batches import Batch
 from glm_edge.compress.calibration import Calibration, Called, with_batches
+from glm_edge.compress.domains import every_second
 from glm_edge.errors import DataError
 from glm_edge.params import Quantized
 from glm_edge.params.tree import Params, nested
@@ -41,7 +42,7 @@ def kind_of(batch: Any, calibration: Any = None) -> str:
 
 
 def split(calibration: Any, reads: bool) -> tuple[Any, dict[str, list[Any]]]:
-    """Split batches between the transform and the measurement.
+    """Split batches between the transform and the measurement, by kind and domain.
 
     Args:
       calibration: all batches, or a `Calibration`.
@@ -64,9 +65,10 @@ def split(calibration: Any, reads: bool) -> tuple[Any, dict[str, list[Any]]]:
             f"plan: calibration has one batch of {single_kinds[0]}; pass two or more, since every "
             "second batch is held out for measurement"
         )
-    calibrating = [batch for kind_batches in kinds.values() for batch in kind_batches[::2]]
+    halves = {kind: every_second(kind_batches) for kind, kind_batches in kinds.items()}
+    calibrating = [batch for half, _ in halves.values() for batch in half]
     return with_batches(calibration, calibrating), {
-        kind: kind_batches[1::2] for kind, kind_batches in kinds.items()
+        kind: half for kind, (_, half) in halves.items()
     }
 
 

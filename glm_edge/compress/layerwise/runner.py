@@ -20,6 +20,7 @@ from jax import Array
 from glm_edge import params as boxes
 from glm_edge.compress import batches
 from glm_edge.compress.calibration import called
+from glm_edge.compress.domains import domain_of
 from glm_edge.compress.layerwise.stages import Leaves, Stage, State, Statistic, first_states, stages
 from glm_edge.compress.readings import UNWATCHED, Layouts, layouts_of
 from glm_edge.compress.report import Report, Row
@@ -130,6 +131,7 @@ class StageContext(StageInputs):
       original: the same stage of the uncompressed model, with its inputs; only for needs="both".
       context: context of the transform.
       rng: key of this stage, or None.
+      domains: domain of each batch of `states`, None for a batch without one.
       done: function of the path of a finished parameter.
     """
 
@@ -140,6 +142,7 @@ class StageContext(StageInputs):
     original: StageInputs | None = None
     context: Context | None = None
     rng: Array | None = None
+    domains: Sequence[str | None] = ()
     done: Callable[[str], None] = lambda path: None
     _reasons: dict[str, str] | None = None
 
@@ -400,11 +403,14 @@ class LayerwiseRunner:
             (step.transform.needs for step in steps), key=NEEDS.index, default="nothing"
         )
         self._states: list[State] = []
+        self._domains: list[str | None] = []
         if self.needs != "nothing":
             name = next(step.name for step in steps if step.transform.needs != "nothing")
             self.notes += batches.check(model, context.calibration, name, context.without)
             model = called(model, context.calibration)
-            self._states = first_states(model, context.calibration or ())
+            for batch in context.calibration or ():
+                self._states += first_states(model, [batch])
+                self._domains.append(domain_of(batch))
         self.stages = stages(model)
         self._original_states = self._states
         self._lent: Leaves = {}
@@ -486,6 +492,7 @@ class LayerwiseRunner:
             else None,
             context=self.context,
             rng=None if rng is None else jax.random.fold_in(rng, self.stages.index(stage)),
+            domains=self._domains,
             done=functools.partial(self._advance, step.name),
         )
 

@@ -35,6 +35,7 @@ from glm_edge.compress.quantize.parameter import (
     row,
 )
 from glm_edge.compress.quantize.solvers import gptq_solver as gptq
+from glm_edge.compress.quantize.solvers.shrinkage import PlainRounding, Trial
 from glm_edge.compress.report import Row
 from glm_edge.compress.transform import check_pattern, check_whole, register
 from glm_edge.errors import RecipeError
@@ -69,7 +70,8 @@ class SparseGPT(LayerwiseTransform):
       refine: steps of conjugate gradients that fit the remaining weights. SparseGPT as published is
         `refine=0` with `propagate=0` of the solver. Not used when quantizing.
       solver: see `glm_edge.compress.SolverOptions`; three of its options (`act_order`, `refit`,
-        `sweeps`) are for quantizing.
+        `sweeps`) are for quantizing. `shrinkage` applies to the choice of weights to prune, their
+        compensation and the rounding.
       stacked: see `glm_edge.prune.mask`.
 
     Raises:
@@ -189,6 +191,7 @@ def _one(
 ) -> tuple[Any, Row]:
     masking, rounding, solver = options.masking, options.rounding, options.solver
     keep, note = inputs.mask, ""
+    shrinkage = inputs.shrinkage(solver, _trial(inputs, options))
     if masking is not None:
         weight, keep, info = sparse_columns.solve(
             inputs.weight,
@@ -199,12 +202,14 @@ def _one(
             options.block,
             inputs.mask,
             options.refine if rounding is None else 0,
+            shrinkage.gamma,
         )
         note = f"{options.shape}, "
         if rounding is None:
             value = _as_leaf(inputs, weight, before).astype(leaf_dtype(before))
             after = boxes.mask(value, _as_leaf(inputs, keep, before))
-            masked = mask_row(masking, inputs.path, before, after, _cost(info, options))
+            cost = _cost(info, options) + shrinkage.note
+            masked = mask_row(masking, inputs.path, before, after, cost)
             return after, dataclasses.replace(masked, output_error=info.loss)
     if rounding is None:
         raise RecipeError(f"{name}: {inputs.path} has neither a mask nor a format")
@@ -219,13 +224,29 @@ def _one(
         mask=keep,
         refit=solver.refit,
         sweeps=solver.sweeps,
+        shrinkage=shrinkage.gamma,
     )
     masked_leaf = (
         before if keep is None else boxes.mask(_bare(before), _as_leaf(inputs, keep, before))
     )
     box = box_of(inputs.path, masked_leaf, codes, grid, format, inputs.layout)
-    rounded = _rounded_row(name, inputs.path, before, masked_leaf, box, note + _cost(info, options))
+    note += _cost(info, options) + shrinkage.note
+    rounded = _rounded_row(name, inputs.path, before, masked_leaf, box, note)
     return box, dataclasses.replace(rounded, output_error=info.loss)
+
+
+def _trial(inputs: LinearInputs, options: "SparseGPT") -> Trial:
+    """Return the solve that cross-validation compares: the same pruning and rounding, one pass."""
+    masking, rounding, plain = options.masking, options.rounding, None
+    if rounding is not None:
+        format = rounding.format_of(inputs.path, inputs.weight.shape[1])
+        plain = PlainRounding(format, rounding.scale, options.solver.act_order)
+    if masking is not None:
+        pattern = masking.shape.pattern
+        return sparse_columns.PlainPruning(masking.fraction, pattern, options.block, plain)
+    if plain is None:
+        raise RecipeError(f"{options.name}: {inputs.path} has neither a mask nor a format")
+    return plain
 
 
 def _without_inputs(

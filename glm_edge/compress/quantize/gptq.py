@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from glm_edge.compress.domains import named_domains
 from glm_edge.compress.layerwise.runner import Replaced, StageContext
 from glm_edge.compress.layerwise.stages import ROWS, Leaves
 from glm_edge.compress.quantize.options import Quantizer, SolverOptions
@@ -22,6 +23,13 @@ from glm_edge.compress.quantize.parameter import (
 from glm_edge.compress.quantize.solvers import triangular
 from glm_edge.compress.quantize.solvers.gptq_solver import damped_factor, solve
 from glm_edge.compress.quantize.solvers.scales import normalized
+from glm_edge.compress.quantize.solvers.shrinkage import (
+    CROSS_VALIDATE,
+    Choice,
+    PlainRounding,
+    Trial,
+    choose,
+)
 from glm_edge.compress.transform import register
 from glm_edge.errors import RecipeError
 from glm_edge.kernels import matmul
@@ -89,6 +97,8 @@ class GPTQ(Quantizer):
         errors: dict[str, float] = {}
         for inputs in matrices(NAME, work, replaced, solver):
             path, leaf = inputs.path, work.leaves[inputs.path]
+            trial = PlainRounding(formats[path], rounding.scale, solver.act_order)
+            shrinkage = inputs.shrinkage(solver, trial)
             codes, grid, info = solve(
                 inputs.weight,
                 inputs.gram,
@@ -99,12 +109,14 @@ class GPTQ(Quantizer):
                 mask=inputs.mask,
                 refit=solver.refit,
                 sweeps=solver.sweeps,
+                shrinkage=shrinkage.gamma,
             )
             replaced[path] = box_of(path, leaf, codes, grid, formats[path], inputs.layout)
             errors[path] = info.loss
             notes[path] = f"output error {info.loss:.3g}"
             if info.damping != solver.damping:
                 notes[path] += f", damping {info.damping:g}"
+            notes[path] += shrinkage.note
             work.advance(path)
         for path in work.selected:
             if path not in replaced:
@@ -130,6 +142,7 @@ class LinearInputs(NamedTuple):
       mask: bool [out, in], or None without a mask.
       gram: float32 [in, in], the sum of `x x^T` over calibration inputs.
       layout: layout of the parameter.
+      domains: the parts of `gram` by domain; a single part without cross-validation.
     """
 
     path: str
@@ -137,6 +150,11 @@ class LinearInputs(NamedTuple):
     mask: Array | None
     gram: Array
     layout: Layout
+    domains: Mapping[str | None, Array]
+
+    def shrinkage(self, solver: SolverOptions, trial: Trial) -> Choice:
+        """Return the shrinkage of the matrix, compared by a trial, see `shrinkage.choose`."""
+        return choose(solver.shrinkage, self.weight, self.mask, self.domains, solver.damping, trial)
 
 
 def matrices(
@@ -160,6 +178,9 @@ def matrices(
     Raises:
       RecipeError: weights or inputs are not finite.
     """
+    domains: tuple[str, ...] = ()
+    if solver.shrinkage == CROSS_VALIDATE:
+        domains = named_domains(work.domains)
     groups = [tuple(path for path in group if path in work.selected) for group in work.readers()]
     # Matrices that read the same rows share one measurement.
     first = {path: group[0] for group in groups for path in group}
@@ -167,7 +188,8 @@ def matrices(
         groups = [tuple(path for group in groups for path in group)]
     for group in filter(None, groups):
         measured = tuple(dict.fromkeys(first[path] for path in group))
-        grams, drifts = _measured(work, replaced, measured, solver.propagate > 0)
+        parts, drifts = _measured(work, replaced, measured, solver.propagate > 0, domains)
+        grams = {path: functools.reduce(jnp.add, part.values()) for path, part in parts.items()}
         for path in group:
             gram, drift = grams[first[path]], drifts.get(first[path])
             _check_inputs(name, path, gram, drift)
@@ -178,7 +200,7 @@ def matrices(
             mask = None
             if isinstance(leaf, Masked):
                 mask = layout.rows(leaf.mask)
-            yield LinearInputs(path, weight, mask, gram, layout)
+            yield LinearInputs(path, weight, mask, gram, layout, parts[first[path]])
 
 
 def _row(work: StageContext, path: str, box: Any, note: str, output_error: float | None) -> Any:
@@ -187,36 +209,59 @@ def _row(work: StageContext, path: str, box: Any, note: str, output_error: float
 
 
 def _measured(
-    work: StageContext, replaced: Leaves, paths: tuple[str, ...], paired: bool
-) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
-    """Compute Gram matrices `X^T X`, and drifts `(X0 - X)^T X` from original inputs `X0`."""
+    work: StageContext,
+    replaced: Leaves,
+    paths: tuple[str, ...],
+    paired: bool,
+    domains: tuple[str, ...],
+) -> tuple[dict[str, dict[str | None, Array]], dict[str, Array]]:
+    """Compute Gram matrices `X^T X`, and drifts `(X0 - X)^T X` from original inputs `X0`.
+
+    Args:
+      work: context of the stage.
+      replaced: quantized parameters by path.
+      paths: paths of the matrices.
+      paired: True for drifts too.
+      domains: names of domains; with two or more, there is a Gram matrix per domain, otherwise one
+        for all batches, under None.
+
+    Returns:
+      Gram matrices by path and domain, and drifts by path.
+    """
     compute = getattr(work.model, "compute", "float32")
     original = work.original if paired else None
     paired = original is not None
     views = work.batches(replaced)
     original_views = repeat(None) if original is None else original.batches()
-    grams: dict[str, Array] = {}
+    apart = len(domains) > 1
+    # Rows of all domains wait together, so each has its part of the limit.
+    most = ROWS_AT_ONCE // len(domains) if apart else ROWS_AT_ONCE
+    grams: dict[str, dict[str | None, Array]] = {}
     drifts: dict[str, Array] = {}
-    waiting: dict[str, list[tuple[Array, ...]]] = {}
+    waiting: dict[tuple[str, str | None], list[tuple[Array, ...]]] = {}
 
-    def add(path: str) -> None:
+    def add(path: str, domain: str | None) -> None:
         rows, *originals = (
-            jnp.concatenate(parts) for parts in zip(*waiting.pop(path), strict=True)
+            jnp.concatenate(parts) for parts in zip(*waiting.pop((path, domain)), strict=True)
         )
-        products = _products(rows, *originals, compute=compute)
-        for sums, product in zip((grams, drifts), products, strict=False):
-            sums[path] = sums[path] + product if path in sums else product
+        gram, *drift = _products(rows, *originals, compute=compute)
+        by_domain = grams.setdefault(path, {})
+        by_domain[domain] = by_domain[domain] + gram if domain in by_domain else gram
+        for product in drift:
+            drifts[path] = drifts[path] + product if path in drifts else product
 
-    for view, original_view in zip(views, original_views, strict=False):
+    for view, original_view, domain in zip(
+        views, original_views, work.domains if apart else repeat(None), strict=False
+    ):
         collected = view.collect(ROWS, paths=paths)
         originals = {} if original_view is None else original_view.collect(ROWS, paths=paths)
         for path, rows in collected.items():
-            parts = waiting.setdefault(path, [])
+            parts = waiting.setdefault((path, domain), [])
             parts.append((rows, originals[path]) if paired else (rows,))
-            if sum(part[0].size for part in parts) >= ROWS_AT_ONCE:
-                add(path)
-    for path in list(waiting):
-        add(path)
+            if sum(part[0].size for part in parts) >= most:
+                add(path, domain)
+    for key in list(waiting):
+        add(*key)
     return grams, drifts
 
 

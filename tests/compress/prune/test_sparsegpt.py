@@ -1,6 +1,8 @@
 """SparseGPT against its published algorithm in float64, and joined with rounding."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,18 @@ def test_equals_the_published_algorithm(layer, sparsity, n_m, block):
     weight, gram = layer
     actual, keep, info = sparse_columns.solve(weight, gram, sparsity, n_m, block=block)
     expected, expected_keep = published(weight, gram, sparsity, n_m, block)
+    np.testing.assert_array_equal(keep, expected_keep)
+    np.testing.assert_allclose(actual, expected, atol=2e-4)
+    lost = expected - weight
+    loss = np.sum(lost @ gram * lost) / np.sum(weight @ gram * weight)
+    assert info.loss == pytest.approx(loss, rel=1e-3)
+
+
+def test_solve_with_shrinkage_equals_the_published_algorithm(layer):
+    weight, gram = layer
+    actual, keep, info = sparse_columns.solve(weight, gram, 0.5, block=24, shrinkage=0.3)
+    shrunk = 0.7 * np.float64(gram) + 0.3 * np.diag(np.diag(np.float64(gram)))
+    expected, expected_keep = published(weight, shrunk, 0.5, None, 24)
     np.testing.assert_array_equal(keep, expected_keep)
     np.testing.assert_allclose(actual, expected, atol=2e-4)
     lost = expected - weight
@@ -177,6 +191,19 @@ def test_masks_and_rounds_in_one(compressed):
     assert {row.keep_ratio for row in report.rows} == {0.5}
     assert all(row.action.startswith("int4-g8 (2:4, output error") for row in report.rows)
     assert report.bytes_after < report.bytes_before
+
+
+@pytest.mark.parametrize("name", ["published", pytest.param("joint", marks=pytest.mark.slow)])
+def test_sparsegpt_chooses_a_shrinkage_by_domains(compressed, name):
+    model, params, calibration, kinds, _ = compressed
+    data = [{**batch, "domain": name} for batch, name in zip(calibration, "ab", strict=True)]
+    _, pruned, report = kinds[name](model, params, data)
+    gamma = re.search(r", shrinkage (\S+) by 2 domains\)$", report.rows[0].action)
+    solver = dataclasses.replace(kinds[name].solver, shrinkage=float(gamma[1]))
+    fixed = dataclasses.replace(kinds[name], solver=solver)(model, params, calibration)
+    # The sum of the domains' Gram matrices differs from the total in its last bits.
+    before, after = (dict(boxes.path_items(tree))[DOWN].unbox() for tree in (fixed[1], pruned))
+    assert np.mean(np.abs(before - after) > 1e-3) < 0.02
 
 
 @pytest.mark.slow

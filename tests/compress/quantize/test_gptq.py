@@ -1,5 +1,7 @@
 """GPTQ as a transform: less error than rounding to nearest, and what it refuses."""
 
+import importlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,13 @@ from glm_edge.compress.layerwise.stages import ROWS, first_states, stages
 from glm_edge.compress.prune import depth, structured
 from glm_edge.compress.quantize.gptq import gptq
 from glm_edge.compress.quantize.rtn import rtn
+from glm_edge.compress.quantize.solvers import gptq_solver
+from glm_edge.compress.quantize.solvers.shrinkage import Choice
 from glm_edge.errors import DataError, RecipeError
 from tests.tiny_models import init
 
+# The package exports the factory under the name of its module.
+gptq_module = importlib.import_module("glm_edge.compress.quantize.gptq")
 LAYERS = r"layers/"
 # One format, model and shape of batches in most tests, so that the solver is compiled once.
 FORMAT = "int2-g8"
@@ -99,6 +105,61 @@ def test_chains_with_rounding_the_rest_and_goes_through_json(square, calibration
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+def test_shrinkage_goes_through_json():
+    for shrinkage in (0.0, 0.25, "cross-validate"):
+        recipe = gptq(FORMAT, solver=SolverOptions(shrinkage=shrinkage))
+        assert recipe_from_json(to_json(recipe)) == recipe
+    assert gptq(FORMAT).solver.shrinkage == "cross-validate"
+
+
+ONE = "0/mlp/down_proj"
+
+
+def test_gptq_below_two_domains_gives_the_bytes_without(square, calibration):
+    model, params = square
+    expected = gptq(FORMAT, where=ONE, solver={"shrinkage": 0.0})(model, params, calibration)
+    for domains in ((None,), ("a",), ("a", None)):
+        data = named(calibration, domains)
+        _, actual, report = gptq(FORMAT, where=ONE)(model, params, data)
+        jax.tree.map(np.testing.assert_array_equal, actual, expected[1])
+        assert report.rows == expected[2].rows
+        assert "shrinkage" not in report.rows[0].action
+
+
+def named(calibration, domains):
+    return [{**b, "domain": domains[i % len(domains)]} for i, b in enumerate(calibration)]
+
+
+def test_grams_of_domains_add_up_to_the_total(square, calibration, monkeypatch):
+    model, params = square
+    grams, parts = [], []
+
+    def solve(weight, gram, *arguments, **options):
+        grams.append(gram)
+        return gptq_solver.solve(weight, gram, *arguments, **options)
+
+    def choose(option, weight, mask, domains, *arguments):
+        parts.append(domains)
+        return Choice(0.3, 2)
+
+    monkeypatch.setattr(gptq_module, "solve", solve)
+    rounding = gptq(FORMAT, where=ONE)
+    rounding(model, params, calibration)
+    with monkeypatch.context() as patched:
+        patched.setattr(gptq_module, "choose", choose)
+        # Each batch is a product of its own, and domain `a` has two.
+        patched.setattr(gptq_module, "ROWS_AT_ONCE", 1)
+        report = rounding(model, params, named(calibration, ("a", "b", None)))[2]
+    assert parts[0].keys() == {"a", "b", None}
+    alone, total = grams[:2]
+    np.testing.assert_allclose(total, alone, rtol=1e-5, atol=1e-5 * np.abs(alone).max())
+    np.testing.assert_allclose(sum(parts[0].values()), total, rtol=1e-6)
+    assert report.rows[0].action.endswith(", shrinkage 0.3 by 2 domains)")
+    fixed = gptq(FORMAT, where=ONE, solver={"shrinkage": 0.3})(model, params, calibration)
+    assert fixed[2].rows[0].action.endswith(", shrinkage 0.3)")
+    assert fixed[2].rows[0].output_error == pytest.approx(report.rows[0].output_error, rel=1e-3)
+
+
 def test_what_no_input_meets_is_rounded_to_nearest(square, calibration):
     model, params = square
     _, actual, report = gptq("int8", where="embed")(model, params, calibration)
@@ -164,11 +225,17 @@ def test_options_without_meaning_are_refused(square, calibration):
         {"solver": {"refit": 1}},
         {"solver": {"act_order": None}},
         {"solver": {"dampening": 0.01}},
+        {"solver": {"shrinkage": -0.1}},
+        {"solver": {"shrinkage": 1.5}},
+        {"solver": {"shrinkage": True}},
+        {"solver": {"shrinkage": None}},
         {"solver": 0.01},
         {"where": "("},
     ):
         with pytest.raises(RecipeError, match=r"quantize\.gptq"):
             gptq(**options)
+    with pytest.raises(RecipeError, match=r"shrinkage must be in 0\.\.1 or 'cross-validate', not"):
+        gptq(solver={"shrinkage": "always"})
     with pytest.raises(DataError, match="calibration"):
         gptq(where=LAYERS)(model, params)
     with pytest.raises(RecipeError, match="do not divide into groups of 7"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
+from experiments.bench import gathered
 from experiments.bench import quality as bench_quality
 from experiments.bench.export import TOY
 from experiments.bench.peers import sparsity
@@ -160,7 +161,7 @@ def worker(tmp_path_factory):
     )  # fmt: skip
     model = MultimodalGLM(config)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    data = bench_quality.Gathered(None, model, params, None, None, None, {}, ())
+    data = gathered.Gathered(None, model, params, None, None, None, {}, ())
     batches = [{"tokens": RNG.integers(3, 61, (2, 16)).astype(np.int32)} for _ in range(4)]
     directory = tmp_path_factory.mktemp("states")
     return work.Worker(data, batches, lambda: batches, directory, 0)

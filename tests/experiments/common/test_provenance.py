@@ -22,6 +22,7 @@ def values(monkeypatch):
     flags.DEFINE_string("text", None, "", flag_values=defined)
     flags.DEFINE_string("only", "int4|fp32", "", flag_values=defined)
     flags.DEFINE_string("mnn_python", "/home/me/python", "", flag_values=defined)
+    flags.DEFINE_integer("seed", 7, "", flag_values=defined)
     defined(["script"])
     monkeypatch.setattr(provenance, "FLAGS", defined)
 
@@ -36,6 +37,7 @@ def test_provenance_of_spells_a_command_without_paths(values):
     assert re.fullmatch(r"[0-9a-f]{40}", log["commit"])
     assert log["versions"].keys() >= {"python", "jax", "numpy"}
     assert log["memory_bytes"] > 0
+    assert (log["seed"], provenance.provenance_of("bench.x", seed=0)["seed"]) == (7, 0)
     assert "cores" in log["machine"]
     json.dumps(log)
 

@@ -5,19 +5,30 @@ import pytest
 
 import glm_edge as ge
 from experiments.common import text_domains
+from glm_edge.cli import corpora
 from glm_edge.cli.loss import WINDOW
 from glm_edge.errors import DataError
 
 
-def test_held_out_names_domains_by_files(tmp_path):
-    (tmp_path / "books.txt").write_text("one")
-    (tmp_path / "help.txt").write_text("two")
-    books, other = str(tmp_path / "books.txt"), str(tmp_path / "help.txt")
-    assert text_domains.held_out([books], with_help=False) == {"books": "one"}
-    assert list(text_domains.held_out([books], with_help=True)) == ["books", "help"]
-    for paths in ([books, books], [other]):
-        with pytest.raises(DataError, match=r"a second domain .*; rename the file"):
-            text_domains.held_out(paths, with_help=True)
+def test_read_texts_names_domains_by_file(tmp_path):
+    for name in ("wiki.txt", "books.txt", "help.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "wiki.md").write_text("other")
+    paths = [str(tmp_path / name) for name in ("wiki.txt", "books.txt")]
+    texts = text_domains.read_texts(paths, "evaluation")
+    assert list(texts) == ["wiki", "books", "help"]
+    assert texts["help"] == corpora.pydoc_topics("evaluation")
+    assert list(text_domains.read_texts(paths, "evaluation", False)) == ["wiki", "books"]
+    for other in ("more/wiki.md", "help.txt"):
+        with pytest.raises(DataError, match="two texts are named"):
+            text_domains.read_texts([*paths, str(tmp_path / other)], "calibration")
+
+
+def test_refuse_shared_compares_texts():
+    text_domains.refuse_shared({"a": "one", "b": "two"}, {"a": "three"})
+    with pytest.raises(DataError, match="c: is a text for calibration too"):
+        text_domains.refuse_shared({"a": "one", "b": "two"}, {"c": "two"})
 
 
 def test_complete_windows_have_no_padding():

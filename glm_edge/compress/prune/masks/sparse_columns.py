@@ -13,6 +13,7 @@ References:
 """
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,14 @@ import numpy as np
 from jax import Array
 
 from glm_edge.compress.quantize.solvers import triangular
-from glm_edge.compress.quantize.solvers.gptq_solver import Info, damped_factor, scaled
+from glm_edge.compress.quantize.solvers.gptq_solver import (
+    Info,
+    damped_factor,
+    factored,
+    scaled,
+    shrunk,
+)
+from glm_edge.compress.quantize.solvers.shrinkage import PlainRounding
 
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -34,6 +42,7 @@ def solve(
     block: int = 128,
     mask: Array | None = None,
     refine: int = 0,
+    shrinkage: float = 0.0,
 ) -> tuple[Array, Array, Info]:
     """Prune a matrix to least squared error at its output, from the Gram matrix of its inputs.
 
@@ -47,19 +56,20 @@ def solve(
       mask: bool [out, in], False where a weight is zero already; None keeps all.
       refine: steps of conjugate gradients that then fit the remaining weights; 0 is SparseGPT as
         published.
+      shrinkage: fraction in 0..1 by which the Gram matrix moves to its diagonal before the solve.
 
     Returns:
-      `(weight, keep, info)`: float32 and bool [out, in].
+      `(weight, keep, info)`: float32 and bool [out, in], and damping and error. The error is that
+      of the Gram matrix without shrinkage.
 
     Raises:
       FloatingPointError: the Gram matrix is not finite.
     """
     weight, gram = weight.astype(jnp.float32).T, scaled(gram)
-    factor, damped, used = damped_factor(gram, damping)
-    unmasked = jnp.ones(weight.shape, bool) if mask is None else mask.T
-    unit = 1 if n_m is None else n_m[1]
-    size = _block_of(weight.shape[0], block, unit)
-    errors, keep = _by_blocks(weight, factor, unmasked, sparsity, n_m, size)
+    factor, damped, used = damped_factor(shrunk(gram, shrinkage), damping)
+    errors, keep = _pruned(
+        weight, factor, mask.T if mask is not None else None, sparsity, n_m, block
+    )
     if refine:
         errors = _refined(weight, damped, errors, keep, refine)
     power, lost = (
@@ -68,6 +78,45 @@ def solve(
     )
     pruned = jnp.where(keep, weight - errors, 0.0)
     return pruned.T, keep.T, Info(used, lost / power if power > 0 else 0.0)
+
+
+@dataclass(frozen=True)
+class PlainPruning:
+    """The solve of a trial of `shrinkage.choose`: one pass, without conjugate gradients.
+
+    Attributes:
+      sparsity: see `solve`.
+      n_m: see `solve`.
+      block: see `solve`.
+      rounding: rounding of the remaining weights, or None.
+    """
+
+    sparsity: float
+    n_m: tuple[int, int] | None
+    block: int
+    rounding: PlainRounding | None
+
+    def __call__(
+        self, weight: Array, gram: Array, damping: float | Array, mask: Array | None
+    ) -> Array:
+        """Return the errors of a weight [in, out]."""
+        factor, _ = factored(gram, damping)
+        errors, keep = _pruned(weight, factor, mask, self.sparsity, self.n_m, self.block)
+        return errors if self.rounding is None else self.rounding(weight, gram, damping, keep)
+
+
+def _pruned(
+    weight: Array,
+    factor: Array,
+    mask: Array | None,
+    sparsity: float,
+    n_m: tuple[int, int] | None,
+    block: int,
+) -> tuple[Array, Array]:
+    """Return the errors `W - Q` and the mask, [in, out], of an optional earlier mask."""
+    unmasked = jnp.ones(weight.shape, bool) if mask is None else mask
+    size = _block_of(weight.shape[0], block, 1 if n_m is None else n_m[1])
+    return _by_blocks(weight, factor, unmasked, sparsity, n_m, size)
 
 
 def _block_of(count: int, block: int, unit: int) -> int:

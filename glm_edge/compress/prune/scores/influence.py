@@ -48,6 +48,8 @@ def influence(
         elif isinstance(model.config, TextConfig):
             read = {name: batch.get(name) for name in ("tokens", "valid", "loss_mask")}
             batch = batches.to_device(model, read, label)
+        else:
+            batch = {input_of(model, part): batch[input_of(model, part)]}
         sums, count = jax.device_get(_distances(model, params, batch, part, span))
         if not np.isfinite(sums).all():
             raise DataError(f"{label}: activations are not finite")

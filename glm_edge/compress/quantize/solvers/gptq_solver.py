@@ -66,6 +66,7 @@ def solve(
     mask: Array | None = None,
     refit: bool = False,
     sweeps: int = 0,
+    shrinkage: float = 0.0,
 ) -> tuple[Array, Grid, Info]:
     """Quantize a matrix to minimize its output error, given the Gram matrix of its inputs.
 
@@ -84,10 +85,11 @@ def solve(
       mask: bool [out, in], False where a weight stays zero; None without a mask.
       refit: fits scales by least squares after rounding, where that reduces the error.
       sweeps: passes of coordinate descent over the codes, each after a `refit` if enabled.
+      shrinkage: fraction in 0..1 by which `H` moves to its diagonal before the solve.
 
     Returns:
       `(codes, grid, info)`: int8 [out, in] in the order of `weight`, its scales and zero points,
-      and damping and error.
+      and damping and error. The error is that of `H` without shrinkage.
 
     Raises:
       BoxError: columns do not divide into groups.
@@ -103,9 +105,9 @@ def solve(
     weight = weight.astype(jnp.float32)
     order = column_order(gram, groups, format.qtype == "ternary34") if act_order else None
     ordered, ordered_mask, gram = _arranged(weight, mask, gram, order)
-    # H = R R^T with damping (`percdamp`), then Algorithm 1: one pass over the groups.
-    factor, damped, used = damped_factor(gram, damping)
-    codes, grid = _by_groups(ordered, factor, ordered_mask, format, scale, block)
+    # H = R R^T with shrinkage and damping (`percdamp`), then Algorithm 1: one pass over the groups.
+    factor, damped, used = damped_factor(shrunk(gram, shrinkage), damping)
+    codes, grid = by_groups(ordered, factor, ordered_mask, format, scale, block)
     # QuantEase: coordinate descent on the codes, alternating with refitted scales.
     together = refit and groups > 1 and weight.shape[1] // groups <= SEARCHED
     for _ in range(max(sweeps, int(refit))):
@@ -138,7 +140,7 @@ def damped_factor(gram: Array, damping: float) -> tuple[Array, Array, float]:
         raise FloatingPointError("the Gram matrix contains NaN or infinity")
     gram, diagonal_only = scaled(gram), False
     while True:
-        factor, damped = _factor(gram, damping)
+        factor, damped = factored(gram, damping)
         if bool(_is_finite(factor)):
             return factor, damped, float(damping)
         if diagonal_only:
@@ -160,8 +162,21 @@ def scaled(gram: Array) -> Array:
     return normalized(gram, jnp.max(jnp.abs(gram)))
 
 
+def shrunk(gram: Array, gamma: float | Array) -> Array:
+    """Return `(1 - gamma) H + gamma diag(H)`, [in, in]; `H` itself for a gamma of zero."""
+    if isinstance(gamma, float) and not gamma:
+        return gram
+    return _off_diagonal_times(gram, 1.0 - gamma)
+
+
 @jax.jit
-def _factor(gram: Array, damping: float) -> tuple[Array, Array]:
+def _off_diagonal_times(gram: Array, fraction: float | Array) -> Array:
+    return jnp.where(jnp.eye(gram.shape[0], dtype=bool), gram, fraction * gram)
+
+
+@jax.jit
+def factored(gram: Array, damping: float | Array) -> tuple[Array, Array]:
+    """Compute `(R, damped Gram matrix)` of `damped_factor`, with NaN if there is no factor."""
     mean = triangular.total(jnp.abs(jnp.diagonal(gram))) / gram.shape[0]
     added = jnp.where(mean > 0, jnp.maximum(damping * mean, 0.0), 1.0)
     damped = gram + added * jnp.eye(gram.shape[0], dtype=gram.dtype)
@@ -218,10 +233,22 @@ def _is_finite(matrix: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("format", "scale", "block"))
-def _by_groups(
-    weight: Array, factor: Array, mask: Array | None, format: Format, scale: str, block: int
+def by_groups(
+    weight: Array, factor: Array, mask: Array | None, format: Format, scale: str, block: int = 128
 ) -> tuple[Array, Grid]:
-    """Run GPTQ over all groups; return codes [in, out] and a grid [groups, out] or [1, 1]."""
+    """Run one pass of GPTQ over all groups.
+
+    Args:
+      weight: `W`, [in, out].
+      factor: `R`, upper triangular, [in, in].
+      mask: bool [in, out], False where a weight stays zero; None without a mask.
+      format: target format.
+      scale: see `solve`.
+      block: see `solve`.
+
+    Returns:
+      Codes [in, out] and a grid [groups, out] or [1, 1].
+    """
     groups = format.num_groups(weight.shape[0])
     size = weight.shape[0] // groups
     group_format = per_group_format(format)
@@ -319,7 +346,7 @@ def _descend(
         )
         return (put(errors, quantized[1]), put(codes, quantized[0])), None
 
-    start = (weight - _decoded(codes, grid, format), codes)
+    start = (weight - decoded(codes, grid, format), codes)
     steps = jnp.arange(weight.shape[0] // size)
     return jax.lax.scan(step, start, steps)[0][1]
 
@@ -350,7 +377,7 @@ def _descend_by_groups(
         within = part(across)
         residual = triangular.across(across, errors)
         # Scale first: the error is a parabola in it, with its minimum at gain / curvature.
-        levels = _decoded(codes, Grid(jnp.ones_like(scale)[None].astype(jnp.float32), zero), format)
+        levels = decoded(codes, Grid(jnp.ones_like(scale)[None].astype(jnp.float32), zero), format)
         gram_levels = _product(within, levels)
         gain, curvature = (triangular.column_sums(levels * x) for x in (residual, gram_levels))
         old = scale.astype(jnp.float32)
@@ -377,7 +404,7 @@ def _descend_by_groups(
         errors = jax.lax.dynamic_update_slice_in_dim(errors, quantized[1], index * size, 0)
         return errors, (quantized[0], scale)
 
-    start = weight - _decoded(codes, grid, format)
+    start = weight - decoded(codes, grid, format)
     zeros = None if grid.zero is None else grid.zero[:, None]
     by_group = (jnp.arange(groups), codes.reshape(groups, size, -1), grid.scale, zeros)
     _, (codes, scale) = jax.lax.scan(step, start, by_group)
@@ -395,7 +422,7 @@ def _refit(weight: Array, gram: Array, codes: Array, grid: Grid, format: Format)
     per_tensor = grid.scale.shape[1] == 1 and weight.shape[1] != 1
     groups = grid.scale.shape[0]
     ones = Grid(jnp.ones_like(grid.scale, jnp.float32), grid.zero)
-    steps = _decoded(codes, ones, format)
+    steps = decoded(codes, ones, format)
     along = _product(gram, weight) * steps
     against = triangular.column_sums(along.reshape(groups, -1, along.shape[1]))
     banded = gram.reshape(gram.shape[0], groups, -1)
@@ -436,7 +463,7 @@ def _refit(weight: Array, gram: Array, codes: Array, grid: Grid, format: Format)
 
 
 def _row_losses(weight: Array, gram: Array, codes: Array, grid: Grid, format: Format) -> Array:
-    lost = weight - _decoded(codes, grid, format)
+    lost = weight - decoded(codes, grid, format)
     return triangular.column_sums(_product(gram, lost) * lost)
 
 
@@ -447,7 +474,8 @@ def _relative_loss(weight: Array, gram: Array, codes: Array, grid: Grid, format:
     return jnp.where(power > 0, lost / jnp.where(power > 0, power, 1.0), 0.0)
 
 
-def _decoded(codes: Array, grid: Grid, format: Format) -> Array:
+def decoded(codes: Array, grid: Grid, format: Format) -> Array:
+    """Dequantize codes [in, out] with the grid of `by_groups`, float32."""
     scale, zero = _widened(grid, codes.shape)
     steps = kernels.levels(codes, format.qtype).astype(jnp.float32)
     return scale * (steps if zero is None else steps - zero)
