@@ -120,6 +120,14 @@ def text_model():
     return model, jax.tree.map(lambda leaf: 3 * leaf, params)
 
 
+def test_a_model_without_vision_calibrates_on_text_only(text_model):
+    model, params = text_model
+    learned = np.arange(512, dtype=np.int32) % 61
+    data = bench_quality.Gathered(None, model, params, None, learned, None, {}, [])
+    assert data.screens(4) == []
+    assert [batch["tokens"].shape for batch in data.texts(1, 2)] == [(2, 256)]
+
+
 def test_text_scores_are_equal_if_the_reference_is_not_stored(text_model, monkeypatch):
     model, params = text_model
     windows = corpora.windows(np.arange(61), np.ones(61, np.int32), 16)
