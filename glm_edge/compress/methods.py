@@ -55,6 +55,7 @@ METHODS = (
     Method("quantize.activations", YES, ANY, INTEGERS),
     Method("quantize.smoothquant", YES, GLM, FLOATS),
     Method("quantize.rotate", NO, GLM, FLOATS),
+    Method("quantize.reorder", NO, GLM, FLOATS),
     Method("prune.magnitude", NO, ANY, ZEROS),
     Method(
         "prune.mask",

@@ -9,6 +9,7 @@ from glm_edge.compress.quantize.gptq import gptq
 from glm_edge.compress.quantize.hqq import hqq
 from glm_edge.compress.quantize.parameter import quantize_leaf
 from glm_edge.compress.quantize.qat import qat
+from glm_edge.compress.quantize.reorder import reorder
 from glm_edge.compress.quantize.rotate import rotate
 from glm_edge.compress.quantize.rtn import rtn
 from glm_edge.compress.quantize.smoothquant import smoothquant
@@ -23,6 +24,7 @@ __all__ = [
     "hqq",
     "qat",
     "quantize_leaf",
+    "reorder",
     "rotate",
     "rtn",
     "smoothquant",
