@@ -50,6 +50,7 @@ METHODS = (
     Method("quantize.awq", YES, GLM, INTEGERS),
     Method("quantize.adaround", YES, ANY, INTEGERS, NEAREST),
     Method("quantize.blockwise", YES, ANY, INTEGERS),
+    Method("quantize.catq", YES, ANY, INTEGERS),
     Method("quantize.qat", YES, ANY, INTEGERS),
     Method("quantize.distill_scales", YES, ANY, INTEGERS),
     Method("quantize.activations", YES, ANY, INTEGERS),

@@ -4,6 +4,7 @@ from glm_edge.compress.quantize.activations import activations
 from glm_edge.compress.quantize.adaround import adaround
 from glm_edge.compress.quantize.awq import awq
 from glm_edge.compress.quantize.blockwise import blockwise
+from glm_edge.compress.quantize.catq import catq
 from glm_edge.compress.quantize.distill_scales import distill_scales
 from glm_edge.compress.quantize.gptq import gptq
 from glm_edge.compress.quantize.hqq import hqq
@@ -19,6 +20,7 @@ __all__ = [
     "adaround",
     "awq",
     "blockwise",
+    "catq",
     "distill_scales",
     "gptq",
     "hqq",
