@@ -83,7 +83,9 @@ class CATQ(Quantizer):
         if not work.selected:
             return {}, []
         formats = {p: self.config.format_of(p, work.columns(p)) for p in work.selected}
-        student, replaced, rows = dict(work.leaves), {}, []
+        student = dict(work.leaves)
+        replaced: Leaves = {}
+        rows = []
         learned = {path for path, format in formats.items() if format.qtype == "ternary"}
         for path in learned:
             student[path] = self._softened(path, student[path], work.layouts[path])

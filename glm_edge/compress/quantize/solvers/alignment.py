@@ -56,7 +56,7 @@ def align(
 
     def step(carry: tuple[Array, Grid, Grid], _: None) -> tuple[tuple[Array, Grid, Grid], None]:
         least, best, grid = carry
-        codes, _, loss = columns.rounded(block, grid, format, size)
+        codes, loss = columns.rounded(block, grid, format, size)[::2]
         less = loss < least
         fitted = _fitted(_sums(gram, _levels(codes, format)), along, grid, format)
         return (jnp.where(less, loss, least), grid.where(less, best), fitted), None
