@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import glm_edge as ge
 from glm_edge import params as boxes
-from glm_edge.compress import recipe_from_json, to_json
+from glm_edge.compress import chain, recipe_from_json, to_json
+from glm_edge.compress.layerwise.stream import compress_checkpoint
 from glm_edge.compress.quantize.reorder import reorder, similar_columns
+from glm_edge.compress.quantize.rtn import rtn
 from glm_edge.compress.quantize.solvers import scales as grids
 from glm_edge.errors import RecipeError
 from glm_edge.params import Format
@@ -48,6 +51,20 @@ def test_reorder_takes_masks_along(small, batch_of, logits):
     np.testing.assert_allclose(
         logits(model, ordered, batch_of(model)), expected, atol=1e-5 * np.abs(expected).max()
     )
+
+
+def test_reorder_before_affine_ternary_streams_the_same(make_member, tmp_path):
+    model, params = make_member("edge")
+    where = "layers/0/(mlp|attention/o)"
+    recipe = chain(reorder(8, where=where), rtn("ternary-g8-affine", where=where, scale="fit"))
+    ge.save(model, params, tmp_path / "dense", extras={})
+    compress_checkpoint(tmp_path / "dense", tmp_path / "ternary", recipe)
+    streamed, spec = boxes.to_flat(ge.load(tmp_path / "ternary")[1])
+    expected, expected_spec = boxes.to_flat(recipe(model, params)[1])
+    assert spec == expected_spec
+    assert "ternary" in str(spec)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(streamed[name], array, err_msg=name)
 
 
 def test_reorder_refuses_where_nothing_moves(small):
