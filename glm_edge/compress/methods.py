@@ -50,11 +50,13 @@ METHODS = (
     Method("quantize.awq", YES, GLM, INTEGERS),
     Method("quantize.adaround", YES, ANY, INTEGERS, NEAREST),
     Method("quantize.blockwise", YES, ANY, INTEGERS),
+    Method("quantize.catq", YES, ANY, INTEGERS),
     Method("quantize.qat", YES, ANY, INTEGERS),
     Method("quantize.distill_scales", YES, ANY, INTEGERS),
     Method("quantize.activations", YES, ANY, INTEGERS),
     Method("quantize.smoothquant", YES, GLM, FLOATS),
     Method("quantize.rotate", NO, GLM, FLOATS),
+    Method("quantize.reorder", NO, GLM, FLOATS),
     Method("prune.magnitude", NO, ANY, ZEROS),
     Method(
         "prune.mask",

@@ -164,7 +164,7 @@ class Quantized(struct.PyTreeNode, _Box, repr=False):
     @_program
     def unbox(self) -> Array:
         """Return the dense weight."""
-        return _as_kernel(self.rows().astype(self.dtype), self.kernel_shape, self.kernel_axes)
+        return as_kernel(self.rows().astype(self.dtype), self.kernel_shape, self.kernel_axes)
 
     def replace_boxed(self, val: Array) -> Array:  # type: ignore[override]
         """Return `val` unboxed, since packed codes do not represent an arbitrary value."""
@@ -222,7 +222,7 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
         scale = self.stored_scale()
         scale = quantization.straight_through(scale * (group * reach) ** -0.5, scale)
         dense = quantization.fake_quantize(self.value, scale, self.zero, self.format.qtype)
-        return _as_kernel(dense.astype(self.dtype), self.kernel_shape, self.kernel_axes)
+        return as_kernel(dense.astype(self.dtype), self.kernel_shape, self.kernel_axes)
 
     @_program
     def finalize(self) -> Quantized:
@@ -273,7 +273,8 @@ Weight = Array | Box
 """A parameter: an array or a box."""
 
 
-def _as_kernel(rows: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+def as_kernel(rows: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """Restore a stock kernel from `[..., out, in]`, see `Quantized` for both fields."""
     if not shape:
         return rows
     stack = rows.shape[:-2]

@@ -36,11 +36,12 @@ class Format:
       `nf4`, `float16` or `bfloat16`. `float16` and `bfloat16` have no other parts.
     - The grouping sets the weights that share a scale: `channel` (the default) one row, `tensor`
       one matrix, `g32` 32 columns (inputs) of one row.
-    - `affine` adds a zero point to integers. Without it, a format is symmetric.
+    - `affine` adds a zero point to integers and to `ternary`. Without it, a format is symmetric.
     - `scale=` is the type of stored scales: `float32`, `float16` or `bfloat16`. The default is
       `bfloat16` per group, and `float32` per channel or tensor.
-    - `zero=` is the type of zero points: `int8` (the default), or a floating type for zero points
-      between levels.
+    - `zero=` is the type of zero points: `int8` (the default of integers), or a floating type for
+      zero points between levels. `ternary` has a default of `bfloat16`: its weights are `scale *
+      code + offset` with `offset = -scale * zero`.
 
     >>> Format.parse("int8")
     Format(qtype='int8', group_size=None, symmetric=True, scale_dtype='float32', zero_dtype='int8')
@@ -54,6 +55,8 @@ class Format:
     ...     "int4", 64, False, "bfloat16", "float16"
     ... )
     True
+    >>> Format.parse("ternary-g128-affine").zero_dtype
+    'bfloat16'
     >>> Format.parse("int7-g32")
     Traceback (most recent call last):
         ...
@@ -69,12 +72,13 @@ class Format:
         normal distribution; or `float16` and `bfloat16`, plain arrays without a scale.
       group_size: columns that share a scale; None for one scale per row (per channel), `tensor` for
         one scale per matrix.
-      symmetric: False adds a zero point to integers.
+      symmetric: False adds a zero point to integers and to `ternary`.
       scale_dtype: type of stored scales.
       zero_dtype: type of zero points: `int8`, or a floating type for zeros between levels.
 
     References:
       QLoRA (`nf4`), https://arxiv.org/abs/2305.14314.
+      PT2-LLM (affine `ternary`), https://arxiv.org/abs/2510.03267.
     """
 
     qtype: str = "int8"
@@ -100,8 +104,10 @@ class Format:
             raise BoxError(f"format: {self.qtype} has no scales and no zero points")
         if self.qtype == "ternary34" and count % 4:
             raise BoxError(f"format: group_size of ternary34 must be a multiple of 4, not {size}")
-        if not self.symmetric and self.qtype not in quantization.INTEGERS:
-            raise BoxError(f"format: {self.qtype} is symmetric; only integers have zero points")
+        if not self.symmetric and self.qtype not in (*quantization.INTEGERS, "ternary"):
+            raise BoxError(
+                f"format: {self.qtype} is symmetric; only integers and ternary have zero points"
+            )
         if self.scale_dtype not in FLOATING:
             raise BoxError(f"format: scale_dtype {self.scale_dtype!r:.60} is not a float type")
         if self.zero_dtype not in ("int8", *FLOATING):
@@ -131,7 +137,7 @@ class Format:
             parts.append("affine")
         if self.scale_dtype != default_scale_dtype(self.group_size):
             parts.append(f"scale={self.scale_dtype}")
-        if self.zero_dtype != "int8":
+        if self.zero_dtype != default_zero_dtype(self.qtype, self.symmetric):
             parts.append(f"zero={self.zero_dtype}")
         return "-".join(parts)
 
@@ -160,14 +166,14 @@ class Format:
             if option in fields:
                 raise BoxError(f"{where}: {part!r:.60} repeats another part")
             fields[option] = value
-        group_size = fields.get("group_size")
+        group_size, symmetric = fields.get("group_size"), not fields.get("affine", False)
         try:
             return cls(
                 qtype,
                 group_size,
-                not fields.get("affine", False),
+                symmetric,
                 fields.get("scale", default_scale_dtype(group_size)),
-                fields.get("zero", "int8"),
+                fields.get("zero", default_zero_dtype(qtype, symmetric)),
             )
         except BoxError as error:
             raise BoxError(f"{where}: {str(error).removeprefix('format: ')}") from error
@@ -240,3 +246,8 @@ def _read_part(where: str, part: str) -> tuple[str, Any]:
 def default_scale_dtype(group_size: int | str | None) -> str:
     """Return bfloat16 for groups, which have many scales, and float32 for rows and matrices."""
     return "bfloat16" if isinstance(group_size, int) else "float32"
+
+
+def default_zero_dtype(qtype: str, symmetric: bool) -> str:
+    """Return bfloat16 for affine `ternary`, whose zero points are between levels, and else int8."""
+    return "bfloat16" if qtype == "ternary" and not symmetric else "int8"

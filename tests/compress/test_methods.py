@@ -106,7 +106,8 @@ def test_what_becomes_of_a_scanned_stack_is_what_the_table_says(name):
     shapes = jax.eval_shape(Scanned().init, jax.random.key(0), tokens)["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), shapes)
-    options = {"train": {"steps": 2}} if name in ("quantize.qat", "quantize.blockwise") else {}
+    trained = ("quantize.qat", "quantize.blockwise", "quantize.catq")
+    options = {"train": {"steps": 2}} if name in trained else {}
     method = transform.registered(name)(**REQUIRED.get(name, {}), **options)
     _, _, report = method(Scanned(), params, [{"tokens": tokens}])
     (action,) = [row.action for row in report.rows if row.path == "layers/dense/kernel"]

@@ -38,3 +38,18 @@ def test_to_weight_restores_affine_groups(target):
     wrong = dataclasses.replace(weight, zero=weight.zero + 1)
     with pytest.raises(ExportError, match="8 zero of w differ from the model's"):
         weights.check_weights({"w": wrong}, {"w": box}, "a")
+
+
+@pytest.mark.parametrize("target", FORMATS, ids=lambda target: f"{target.name}-{target.stacked}")
+def test_to_weight_refuses_zero_points_between_levels(target):
+    scale = jnp.full((4, 2), 0.25, jnp.bfloat16)
+    codes = jnp.asarray(np.random.default_rng(0).integers(-1, 2, (4, 64)), jnp.int8)
+    form = Format.parse("ternary-g32-affine")
+    box = boxes.quantized(codes, scale, jnp.full((4, 2), 0.25), form)
+    with pytest.raises(ExportError, match=r"w: ternary-g32-affine cannot .*without -affine"):
+        weights.to_weight("w", box, target)
+    if target.zero_points:
+        integers = dataclasses.replace(form, zero_dtype="int8")
+        box = boxes.quantized(codes, scale, jnp.ones((4, 2), jnp.int8), integers)
+        weight, _ = weights.to_weight("w", box, target)
+        np.testing.assert_array_equal(weights.dequantize(weight), box.unbox())

@@ -68,6 +68,8 @@ def case(qtype, groups, affine=False, rows=6, columns=60, zero_dtype=np.int8):
     rng = np.random.default_rng(1)
     codes = random_codes(qtype, rows, columns)
     scale = rng.uniform(0.01, 0.2, (rows, groups)).astype(np.float32)
+    if qtype == "ternary":
+        zero_dtype = np.float32
     zero = rng.uniform(-3, 4, (rows, groups)).astype(zero_dtype) if affine else None
     levels = np.array(packing.NF4_LEVELS)[codes] if qtype == "nf4" else codes.astype(np.float64)
     weight = np.zeros(codes.shape)
@@ -85,6 +87,8 @@ CASES = [
         for qtype in ("int8", "int6", "int5", "int4", "int3", "int2")
         for groups in (1, 5)
     ),
+    ("ternary", 5, True),
+    ("ternary", 1, True),
     # Groups that end within a byte.
     ("int4", 20, False),
     ("int2", 10, True),
@@ -106,6 +110,7 @@ FIRST_CASES = [
     ("int8", 1, False),
     ("int4", 1, False),
     ("ternary", 1, False),
+    ("ternary", 5, True),
     *CASES[-3:-1],
 ]
 OTHER_CASES = [pytest.param(*c, marks=pytest.mark.slow) for c in CASES if c not in FIRST_CASES]

@@ -34,6 +34,7 @@ FORMATS = [
     Format("ternary", "tensor"),
     Format("ternary34", 16),
     Format("nf4", 16, scale_dtype="bfloat16"),
+    Format("ternary", 16, False, "bfloat16", "bfloat16"),
 ]
 
 
@@ -240,7 +241,10 @@ def test_examples_in_the_docstring_of_format_run():
 
 @pytest.mark.parametrize(
     "text",
-    ["int8-channel", "int4-g32", "int4-g32-affine", "ternary-tensor", "nf4-g64", "bfloat16"],
+    [
+        *("int8-channel", "int4-g32", "int4-g32-affine", "ternary-tensor", "nf4-g64", "bfloat16"),
+        *("ternary-g32-affine", "ternary-g32-affine-zero=int8", "ternary-channel-affine"),
+    ],
 )
 def test_formats_are_read_from_their_names(text):
     assert str(Format.parse(text)) == text
@@ -267,6 +271,7 @@ def test_formats_are_read_from_their_names(text):
             "'int8' is not a scale type; types: float32",
         ),
         (lambda: Format.parse("nf4-affine"), "format 'nf4-affine': nf4 is symmetric"),
+        (lambda: Format.parse("ternary34-affine"), "only integers and ternary have zero points"),
         (lambda: Format.parse("ternary34-g6"), "of ternary34 must be a multiple of 4, not 6"),
         (lambda: Format.parse(4), "a format is a string"),
         (lambda: Format("int4", 32).num_groups(48), "48 columns do not divide into groups of 32"),

@@ -82,6 +82,8 @@ def rtn(name: str, where: str = DECODER, **options: Any) -> Method:
     return ours(f"rtn {name}", {"name": "quantize.rtn", "options": options}, where=where)
 
 
+# Zero points between levels: groups of 64 then take the bits of symmetric groups of 32.
+_OFFSETS = {"symmetric": False, "zero_dtype": "bfloat16"}
 # Scales are bfloat16 for groups, and per channel for few bits.
 _SHAPES = {
     "int8-channel": {"bits": 8},
@@ -97,9 +99,14 @@ _SHAPES = {
     "int2-channel": {"bits": 2, "scale_dtype": "bfloat16"},
     "int2-g32": {"bits": 2, "group_size": 32},
     "int2-g32 affine": {"bits": 2, "group_size": 32, "symmetric": False},
+    **{f"int{b}-g64 affine offsets": {"bits": b, "group_size": 64, **_OFFSETS} for b in (4, 3, 2)},
+    "int2-channel affine offsets": {"bits": 2, "scale_dtype": "bfloat16", **_OFFSETS},
+    "ternary-g32": {"qtype": "ternary", "group_size": 32},
+    "ternary-g64 affine": {"qtype": "ternary", "group_size": 64, **_OFFSETS},
     "ternary-channel": {"qtype": "ternary", "scale_dtype": "bfloat16"},
     "ternary34-channel": {"qtype": "ternary34", "scale_dtype": "bfloat16"},
 }
+_CATQ = {"name": "quantize.catq", "options": {"format": "ternary-g32"}}
 _TRAINED = ("int4-g32", "int3-g32", "int2-g32", "int2-channel", "ternary-channel")
 
 
@@ -120,7 +127,18 @@ def _calibrated() -> list[Method]:
     rows += [row("hqq", f"int{b}-g32", " affine", symmetric=False) for b in (4, 3, 2)]
     rows += [row("awq", f"int{b}-g32") for b in (4, 3)]
     rows += [row("adaround", f"int{b}-g32") for b in (4, 3)]
-    return [*rows, _rotated("int4-g32")]
+    return [
+        *rows,
+        _rotated("int4-g32"),
+        *(_reordered(shape, 64) for shape in ("int2-g64 affine offsets", "ternary-g64 affine")),
+    ]
+
+
+def _reordered(shape: str, group_size: int) -> Method:
+    """Return glm_edge's GPTQ after neurons are ordered by similarity."""
+    reorder = {"name": "quantize.reorder", "options": {"group_size": group_size}}
+    gptq = {"name": "quantize.gptq", "options": _SHAPES[shape]}
+    return ours(f"reorder, gptq {shape}", reorder, gptq)
 
 
 def _rotated(shape: str, *after: dict[str, Any], kind: str = "training-free") -> Method:
@@ -142,6 +160,7 @@ def _trained() -> list[Method]:
         options = {**_SHAPES[shape], "steps": 1000, "learning_rate": 6e-4, "compute": "bfloat16"}
         step = {"name": "quantize.qat", "options": options}
         rows.append(ours(f"qat {shape}", step, kind="trained", calibration="training"))
+    rows.append(ours("catq ternary-g32", _CATQ, kind="trained"))
     scales = {"name": "quantize.distill_scales", "options": {"where": DECODER, "steps": 200}}
     return [*rows, *(_rotated(shape, scales, kind="trained") for shape in ("int4-g32", "int3-g32"))]
 

@@ -4,11 +4,13 @@ from glm_edge.compress.quantize.activations import activations
 from glm_edge.compress.quantize.adaround import adaround
 from glm_edge.compress.quantize.awq import awq
 from glm_edge.compress.quantize.blockwise import blockwise
+from glm_edge.compress.quantize.catq import catq
 from glm_edge.compress.quantize.distill_scales import distill_scales
 from glm_edge.compress.quantize.gptq import gptq
 from glm_edge.compress.quantize.hqq import hqq
 from glm_edge.compress.quantize.parameter import quantize_leaf
 from glm_edge.compress.quantize.qat import qat
+from glm_edge.compress.quantize.reorder import reorder
 from glm_edge.compress.quantize.rotate import rotate
 from glm_edge.compress.quantize.rtn import rtn
 from glm_edge.compress.quantize.smoothquant import smoothquant
@@ -18,11 +20,13 @@ __all__ = [
     "adaround",
     "awq",
     "blockwise",
+    "catq",
     "distill_scales",
     "gptq",
     "hqq",
     "qat",
     "quantize_leaf",
+    "reorder",
     "rotate",
     "rtn",
     "smoothquant",

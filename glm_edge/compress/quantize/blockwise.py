@@ -78,12 +78,7 @@ class Blockwise(Quantizer):
             raise RecipeError(f"{NAME}: scale_rate must be positive")
         if not 0.0 <= self.mix <= 1.0:
             raise RecipeError(f"{NAME}: mix must be in 0..1")
-        default = TrainOptions()
-        for name in ("weight_decay", "clip_norm", "accumulate", "state_dir"):
-            if getattr(self.train, name) != getattr(default, name):
-                raise RecipeError(
-                    f"{NAME}: train= takes steps, learning_rate, warmup and compute, not {name}"
-                )
+        check_training(NAME, self.train)
 
     def compress_stage(self, work: StageContext) -> Replaced:
         if not work.selected:
@@ -97,9 +92,8 @@ class Blockwise(Quantizer):
             return path in work.selected or (self.norms and not boxes.is_matrix(path, leaf))
 
         trainable, frozen = split(student, trains, self.learned_scale)
-        trained, losses = _train(
-            work, trainable, frozen, lr_scale_of(trainable, self.scale_rate), self.train, self.mix
-        )
+        lr_scale = lr_scale_of(trainable, self.scale_rate)
+        trained, losses = train_block(NAME, work, trainable, frozen, lr_scale, self.train, self.mix)
         replaced, rows = {}, []
         for path, leaf in boxes.combine(trained, frozen).items():
             before = work.leaves[path]
@@ -117,15 +111,45 @@ class Blockwise(Quantizer):
 blockwise = Blockwise
 
 
-def _train(
+def check_training(name: str, training: TrainOptions) -> None:
+    """Refuse options of a training that blocks do not support; raise RecipeError."""
+    default = TrainOptions()
+    for option in ("weight_decay", "clip_norm", "accumulate", "state_dir"):
+        if getattr(training, option) != getattr(default, option):
+            raise RecipeError(
+                f"{name}: train= takes steps, learning_rate, warmup and compute, not {option}"
+            )
+
+
+def train_block(
+    name: str,
     work: StageContext,
     trainable: Leaves,
     frozen: Leaves,
     lr_scale: Leaves,
     training: TrainOptions,
     mix: float,
+    frozen_at: Callable[[Leaves, float], Leaves] | None = None,
 ) -> tuple[Leaves, tuple[float, float]]:
-    """Train one block; return trained arrays, and mean errors of the first and last steps."""
+    """Train one block on the outputs of the original block.
+
+    Args:
+      name: name of the transform for messages.
+      work: context of the stage, with inputs of both models.
+      trainable: trainable arrays by path.
+      frozen: frozen arrays by path.
+      lr_scale: factor of the learning rate per trainable array.
+      training: steps, learning rate, warm-up and type of products.
+      mix: fraction of the steps on inputs from the original model.
+      frozen_at: function of the frozen arrays and the fraction of finished steps that returns the
+        frozen arrays of a step; None leaves them unchanged.
+
+    Returns:
+      Trained arrays by path, and the mean errors of the first and of the last steps.
+
+    Raises:
+      RecipeError: there is nothing to learn, or a loss is not finite.
+    """
     stage = work.stage
     module = stage.module
     if training.compute is not None and hasattr(module, "compute"):
@@ -136,12 +160,12 @@ def _train(
     pairs = _pairs(work)
     if stage.name == "model" and "batch" in (work.states or [{}])[0] and not pairs:
         raise RecipeError(
-            f"{NAME}: calibration has no apply=, so there are no logits to learn; pass "
+            f"{name}: calibration has no apply=, so there are no logits to learn; pass "
             "Calibration(batches, apply=...)"
         )
     if not pairs:
         raise RecipeError(
-            f"{NAME}: no calibration batch reaches {stage.name}; add batches that contain its "
+            f"{name}: no calibration batch reaches {stage.name}; add batches that contain its "
             "input, or narrow where"
         )
     training_arrays = jax.tree.map(
@@ -154,8 +178,9 @@ def _train(
     draws = np.random.default_rng(0 if work.rng is None else _seed(work.rng)).random(training.steps)
     errors, data = [], in_order(pairs, work.rng)
     rates = schedule(training.steps, training.learning_rate, training.warmup)
-    for rate, draw in zip(rates, draws, strict=True):
+    for step, (rate, draw) in enumerate(zip(rates, draws, strict=True)):
         inputs, original, target = next(data)
+        current = frozen if frozen_at is None else frozen_at(frozen, step / training.steps)
         training_arrays, state, error = block_step(
             module,
             forward,
@@ -165,7 +190,7 @@ def _train(
             state,
             rate,
             lr_scale,
-            frozen,
+            current,
             borrowed,
             original if draw < mix else inputs,
             target,
@@ -173,7 +198,7 @@ def _train(
         errors.append(error)
     curve = np.asarray(jax.device_get(errors))
     if not np.isfinite(curve).all():
-        raise RecipeError(f"{NAME}: the loss of {stage.name} is not finite; lower learning_rate")
+        raise RecipeError(f"{name}: the loss of {stage.name} is not finite; lower learning_rate")
     few = max(1, min(len(pairs), training.steps // 4))
     trained = {path: training_arrays[_inner(stage, path)] for path in trainable}
     return trained, (float(curve[:few].mean()), float(curve[-few:].mean()))

@@ -47,7 +47,8 @@ class GPTQ(Quantizer):
     """Rounds columns in turn; each column compensates for the errors of earlier columns.
 
     The scale of a group is searched by output error when the group is reached. Then scales and
-    codes are refined alternately. Matrices without calibration inputs, such as embeddings, are
+    codes are refined alternately. Zero points between levels, as of `ternary-g32-affine`, are
+    fitted together with scales. Matrices without calibration inputs, such as embeddings, are
     rounded to nearest; the report counts them with the reason.
 
         recipe = ge.quantize.gptq("int4-g32")
@@ -56,8 +57,9 @@ class GPTQ(Quantizer):
     Attributes:
       format: format of the weights, such as `int4-g32`, see `glm_edge.params.Format`.
       where: see `glm_edge.quantize.rtn`, also for `fallback_bits` and `stacked`.
-      scale: `mse` searches scales; `max` uses the largest magnitude; `extreme` searches scales of
-        both signs (symmetric integers only; phone kernels refuse negative scales).
+      scale: `mse` searches scales by output error; `max` uses the largest magnitude; `fit` fits the
+        weights of a group, see `glm_edge.quantize.rtn`; `extreme` searches scales of both signs
+        (symmetric integers only; phone kernels refuse negative scales).
       solver: options of the solver, see `glm_edge.compress.SolverOptions`.
 
     Raises:
@@ -70,7 +72,9 @@ class GPTQ(Quantizer):
       https://arxiv.org/abs/2210.17323;
       QuantEase: Optimization-based Quantization for Language Models,
       https://arxiv.org/abs/2309.01885;
-      Quantization Error Propagation, https://arxiv.org/abs/2504.09629.
+      Quantization Error Propagation, https://arxiv.org/abs/2504.09629;
+      PT2-LLM: Post-Training Ternarization for Large Language Models (affine ternary, fitting and
+      activation-aware grids), https://arxiv.org/abs/2510.03267.
     """
 
     needs_model: ClassVar[bool] = True

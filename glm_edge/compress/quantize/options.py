@@ -100,7 +100,7 @@ class SolverOptions(Options):
         are compressed; False collects once per layer.
       propagate: in 0..1, fraction of the input error that weights compensate for before they are
         compressed; 0 ignores input errors.
-      refit: fits scales by least squares after rounding.
+      refit: fits scales, and zero points between levels, by least squares after rounding.
       sweeps: passes of coordinate descent over the codes.
       shrinkage: fraction in 0..1 by which the Hessian moves to its diagonal before the solve. Few
         bits fit the correlations of the calibration text; shrinkage loses less on other texts.
@@ -187,7 +187,8 @@ class WeightTransform(Transform):
       where: regular expression searched in each path; None selects every matrix that is not yet
         quantized.
       scale: `max` maps the largest magnitude to the largest level; `mse` uses the fraction of it
-        with the least squared error; `extreme` maps the signed extreme to `-2^(bits-1)` (symmetric
+        with the least squared error; `fit` alternates rounding with the least-squares scale and
+        zero point; `extreme` maps the signed extreme to `-2^(bits-1)` (symmetric
         integers only; phone kernels refuse negative scales).
       fallback_bits: per-channel width for a matrix whose columns do not divide into groups; None
         raises RecipeError for it.

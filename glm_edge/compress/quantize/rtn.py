@@ -30,8 +30,9 @@ class RTN(Quantizer):
       where: regular expression searched in each path; None selects every matrix that is not yet
         quantized.
       scale: `max` maps the largest magnitude to the largest level; `mse` uses the fraction of it
-        with the least squared error; `extreme` maps the signed extreme to `-2^(bits-1)` (symmetric
-        integers only; phone kernels refuse negative scales).
+        with the least squared error; `fit` alternates rounding with the least-squares scale and
+        zero point (iterative ternary fitting, for any type); `extreme` maps the signed extreme to
+        `-2^(bits-1)` (symmetric integers only; phone kernels refuse negative scales).
       fallback_bits: per-channel width for a matrix whose columns do not divide into groups; None
         raises RecipeError for it.
       stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`), if
@@ -43,7 +44,9 @@ class RTN(Quantizer):
 
     References:
       Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
-      https://arxiv.org/abs/1712.05877.
+      https://arxiv.org/abs/1712.05877;
+      PT2-LLM: Post-Training Ternarization for Large Language Models (`fit`),
+      https://arxiv.org/abs/2510.03267.
     """
 
     format: Format | str = field(default=Format("int8"), kw_only=False)

@@ -41,7 +41,8 @@ class WeightFormat:
       per_channel: stored type by type of the box, for one scale per row or per matrix.
       in_groups: stored type by type of the box, for one scale per group.
       group_multiple: number of columns that must divide every group size.
-      zero_points: whether the format stores affine weights.
+      zero_points: whether the format stores affine weights, with integer zero points. No format
+        stores zero points between levels, as of affine `ternary`.
       stacked: whether the format stores weights with any number and order of axes.
       floats: types of plain values that are stored unchanged; others become float32.
       static_types: stored types whose products support static ranges of activations.
@@ -220,7 +221,9 @@ def check_box(path: str, box: Quantized, target: WeightFormat) -> str:
         if (zero != np.round(zero)).any() or zero.min() < low or zero.max() > high:
             reason, right = (
                 "zero points must be integers within the range of the codes",
-                f"{low} to {high}",
+                f"{low} to {high}"
+                if form.zero_dtype == "int8"
+                else "zero=int8, or a format without -affine",
             )
     if reason is not None or stored is None:
         raise ExportError(

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from glm_edge.compress.quantize.solvers import columns, triangular
+from glm_edge.compress.quantize.solvers import alignment, columns, triangular
 from glm_edge.compress.quantize.solvers.columns import ColumnBlock
 from glm_edge.compress.quantize.solvers.scales import (
     Grid,
@@ -74,8 +74,8 @@ def solve(
       weight: `W`, [out, in].
       gram: `H`, float32 [in, in], the sum of `x x^T`.
       format: target format.
-      scale: `max` applies `scales.choose` to the compensated weights of a group when it is reached;
-        `mse` searches the fraction of that scale with the least output error; `extreme` also
+      scale: `max` and `fit` apply `scales.choose` to the compensated weights of a group when it is
+        reached; `mse` searches the fraction of `max` with the least output error; `extreme` also
         searches negative scales (symmetric integers only).
       act_order: processes groups, and columns within each group, by decreasing input energy. The
         storage order is unchanged.
@@ -83,7 +83,8 @@ def solve(
         multiplied by ten until `H` has a Cholesky factor.
       block: columns between two products with all columns.
       mask: bool [out, in], False where a weight stays zero; None without a mask.
-      refit: fits scales by least squares after rounding, where that reduces the error.
+      refit: fits scales by least squares after rounding, where that reduces the error. Zero points
+        between levels are fitted too, already when a group is reached.
       sweeps: passes of coordinate descent over the codes, each after a `refit` if enabled.
       shrinkage: fraction in 0..1 by which `H` moves to its diagonal before the solve.
 
@@ -97,7 +98,7 @@ def solve(
 
     References:
       GPTQ, https://arxiv.org/abs/2210.17323, algorithm 1; QuantEase,
-      https://arxiv.org/abs/2309.01885.
+      https://arxiv.org/abs/2309.01885; PT2-LLM, https://arxiv.org/abs/2510.03267.
     """
     groups = format.num_groups(weight.shape[1])
     if gram.shape != (weight.shape[1],) * 2:
@@ -107,14 +108,17 @@ def solve(
     ordered, ordered_mask, gram = _arranged(weight, mask, gram, order)
     # H = R R^T with shrinkage and damping (`percdamp`), then Algorithm 1: one pass over the groups.
     factor, damped, used = damped_factor(shrunk(gram, shrinkage), damping)
-    codes, grid = by_groups(ordered, factor, ordered_mask, format, scale, block)
+    fits_zeros = refit and alignment.fits_zeros(format)
+    codes, grid = by_groups(ordered, factor, ordered_mask, format, scale, block, fits_zeros)
     # QuantEase: coordinate descent on the codes, alternating with refitted scales.
     together = refit and groups > 1 and weight.shape[1] // groups <= SEARCHED
     for _ in range(max(sweeps, int(refit))):
         if together and sweeps:
             codes, grid = _descend_by_groups(ordered, damped, codes, grid, ordered_mask, format)
             continue
-        if refit:
+        if fits_zeros:
+            grid = alignment.refit(ordered, damped, codes, grid, format)
+        elif refit:
             grid = _refit(ordered, damped, codes, grid, format)
         if sweeps:
             codes = _descend(ordered, damped, codes, grid, ordered_mask, format, block)
@@ -232,9 +236,15 @@ def _is_finite(matrix: Array) -> Array:
     return jnp.isfinite(matrix).all()
 
 
-@functools.partial(jax.jit, static_argnames=("format", "scale", "block"))
+@functools.partial(jax.jit, static_argnames=("format", "scale", "block", "fits_zeros"))
 def by_groups(
-    weight: Array, factor: Array, mask: Array | None, format: Format, scale: str, block: int = 128
+    weight: Array,
+    factor: Array,
+    mask: Array | None,
+    format: Format,
+    scale: str,
+    block: int = 128,
+    fits_zeros: bool = False,
 ) -> tuple[Array, Grid]:
     """Run one pass of GPTQ over all groups.
 
@@ -245,6 +255,7 @@ def by_groups(
       format: target format.
       scale: see `solve`.
       block: see `solve`.
+      fits_zeros: fits scale and zero point of a group to its output error when it is reached.
 
     Returns:
       Codes [in, out] and a grid [groups, out] or [1, 1].
@@ -293,6 +304,8 @@ def by_groups(
                 )
 
         grid = search_scale(unrounded, format, scale, loss)
+        if fits_zeros:
+            grid = alignment.align(columns_of_block, within, unrounded, grid, group_format, block)
         codes, group_errors, _ = columns.rounded(columns_of_block, grid, group_format, block)
         errors = jax.lax.dynamic_update_slice_in_dim(errors, group_errors, group * size, 0)
         return errors, (codes, grid)
@@ -355,20 +368,18 @@ def _descend(
 def _descend_by_groups(
     weight: Array, gram: Array, codes: Array, grid: Grid, mask: Array | None, format: Format
 ) -> tuple[Array, Grid]:
-    """Run one pass over groups: fit the scale of a group, then its codes, given all others.
+    """Run one pass over groups: fit the grid of a group, then its codes, given all others.
 
-    Keeps the old scale of a group if the new one, rounded to its stored type, does not reduce the
-    error or changes sign.
+    Keeps the old grid of a group if the new one, rounded to its stored type, does not reduce the
+    error or changes the sign of its scale.
     """
     groups = grid.scale.shape[0]
     size = weight.shape[0] // groups
     group_format = per_group_format(format)
     diagonal = jnp.diagonal(gram)
 
-    def step(
-        errors: Array, group: tuple[Array, Array, Array, Array | None]
-    ) -> tuple[Array, tuple[Array, Array]]:
-        index, codes, scale, zero = group
+    def step(errors: Array, group: tuple[Array, Array, Grid]) -> tuple[Array, tuple[Array, Grid]]:
+        index, codes, grid = group
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size
         )
@@ -376,20 +387,10 @@ def _descend_by_groups(
         across, group_weight, scales = part(gram, axis=1), part(weight), part(diagonal)
         within = part(across)
         residual = triangular.across(across, errors)
-        # Scale first: the error is a parabola in it, with its minimum at gain / curvature.
-        levels = decoded(codes, Grid(jnp.ones_like(scale)[None].astype(jnp.float32), zero), format)
-        gram_levels = _product(within, levels)
-        gain, curvature = (triangular.column_sums(levels * x) for x in (residual, gram_levels))
-        old = scale.astype(jnp.float32)
-        new = (old + gain / jnp.where(curvature > 0, curvature, jnp.inf)).astype(scale.dtype)
-        moved = new.astype(jnp.float32) - old
-        better = (moved * (moved * curvature - 2.0 * gain) < 0) & (
-            new.astype(jnp.float32) * old > 0
-        )
-        scale, moved = jnp.where(better, new, scale), jnp.where(better, moved, 0.0)
-        residual = residual - gram_levels * moved
-        # Then the codes, by coordinate descent within the group.
-        before = group_weight - scale.astype(jnp.float32) * levels
+        # The grid first, then the codes, by coordinate descent within the group.
+        fit = alignment.refit_group if alignment.fits_zeros(format) else _refit_group
+        grid, residual = fit(within, residual, codes, grid, group_format)
+        before = group_weight - decoded(codes, grid.map(lambda x: x[None]), format)
         coupled = ColumnBlock(
             target=group_weight + residual / scales[:, None] - before,
             weight=group_weight,
@@ -398,17 +399,31 @@ def _descend_by_groups(
             mask=None if mask is None else part(mask),
             errors=before,
         )
-        quantized = columns.rounded(
-            coupled, Grid(scale, None if zero is None else zero[0]), group_format, size
-        )
+        quantized = columns.rounded(coupled, grid, group_format, size)
         errors = jax.lax.dynamic_update_slice_in_dim(errors, quantized[1], index * size, 0)
-        return errors, (quantized[0], scale)
+        return errors, (quantized[0], grid)
 
     start = weight - decoded(codes, grid, format)
-    zeros = None if grid.zero is None else grid.zero[:, None]
-    by_group = (jnp.arange(groups), codes.reshape(groups, size, -1), grid.scale, zeros)
-    _, (codes, scale) = jax.lax.scan(step, start, by_group)
-    return codes.reshape(weight.shape), Grid(scale, grid.zero)
+    by_group = (jnp.arange(groups), codes.reshape(groups, size, -1), grid)
+    _, (codes, grid) = jax.lax.scan(step, start, by_group)
+    return codes.reshape(weight.shape), grid
+
+
+def _refit_group(
+    gram: Array, residual: Array, codes: Array, grid: Grid, format: Format
+) -> tuple[Grid, Array]:
+    """Fit the scale of one group, as `alignment.refit_group` fits scale and zero point."""
+    ones = Grid(jnp.ones_like(grid.scale, jnp.float32), grid.zero)
+    levels = decoded(codes, ones.map(lambda x: x[None]), format)
+    # The error is a parabola in the scale, with its minimum at gain / curvature.
+    gram_levels = _product(gram, levels)
+    gain, curvature = (triangular.column_sums(levels * x) for x in (residual, gram_levels))
+    old = grid.scale.astype(jnp.float32)
+    new = (old + gain / jnp.where(curvature > 0, curvature, jnp.inf)).astype(grid.scale.dtype)
+    moved = new.astype(jnp.float32) - old
+    better = (moved * (moved * curvature - 2.0 * gain) < 0) & (new.astype(jnp.float32) * old > 0)
+    scale, moved = jnp.where(better, new, grid.scale), jnp.where(better, moved, 0.0)
+    return Grid(scale, grid.zero), residual - gram_levels * moved
 
 
 @functools.partial(jax.jit, static_argnames="format")

@@ -86,16 +86,14 @@ def solve(
         error = jnp.sign(residual) * jnp.maximum(shrunk, 0.0)
         # Step 2: fit zero point or scale to W - E. Keep the best iterate, as stored, per group.
         grid = _fitted(grid, steps, residual - error)
-        grid_loss = loss(_stored(grid, format))
+        grid_loss = loss(grids.stored(grid, format))
         less = grid_loss < lowest
-        zero = _where(less, grid.zero, best.zero)
-        best = Grid(jnp.where(less, grid.scale, best.scale), zero)
-        return (grid, best, jnp.where(less, grid_loss, lowest)), None
+        return (grid, grid.where(less, best), jnp.where(less, grid_loss, lowest)), None
 
     wide = first.map(lambda x: x.astype(jnp.float32))
     betas = beta * growth ** jnp.arange(steps, dtype=jnp.float32)
     best = jax.lax.scan(step, (wide, wide, loss(first)), betas)[0][1]
-    stored_grid = _stored(best, format)
+    stored_grid = grids.stored(best, format)
     return grids.encode(weight, stored_grid, format), stored_grid
 
 
@@ -109,17 +107,3 @@ def _fitted(grid: Grid, steps: Array, residual: Array) -> Grid:
     along = jnp.sum(steps * (steps + residual), axis=-1)
     ratio = along / jnp.where(power > 0, power, 1.0)
     return Grid(jnp.where((power > 0) & (ratio > 0), grid.scale * ratio, grid.scale), None)
-
-
-def _stored(grid: Grid, format: Format) -> Grid:
-    scale = grids.spared(kernels.round_scale(grid.scale, format.scale_dtype), format)
-    if grid.zero is None:
-        return Grid(scale)
-    zero = grid.zero
-    if format.zero_dtype == "int8":
-        zero = jnp.clip(jnp.round(zero), *kernels.code_range(format.qtype))
-    return Grid(scale, zero.astype(format.zero_dtype))
-
-
-def _where(choice: Array, new: Array | None, old: Array | None) -> Array | None:
-    return None if new is None or old is None else jnp.where(choice, new, old)

@@ -14,7 +14,7 @@ from glm_edge.kernels import quantization as kernels
 from glm_edge.params import Format
 from glm_edge.params.formats import PER_TENSOR
 
-SCALES = ("max", "extreme", "mse")
+SCALES = ("max", "extreme", "mse", "fit")
 # Fractions of the largest magnitude that "mse" tries; 0.875 is 7/8, the full range of int4.
 _RATIOS = {8: np.linspace(1.0, 0.7, 13), 6: np.linspace(1.0, 0.6, 25), 4: np.linspace(1.0, 0.5, 41)}
 _FEW_LEVELS = np.linspace(1.0, 0.2, 65)
@@ -23,6 +23,8 @@ _LEAST = {"int8": 0.9, "int6": 0.8, "int5": 0.7, "int4": 0.55, "int3": 0.4, "nf4
 _LEAST_OF_FEW = 0.2
 _COARSE, _FINE = 12, (-0.67, -0.33, 0.33, 0.67)
 _COARSE_AFFINE = 6
+# Alternations of "fit"; the paper observes convergence in about ten.
+_FITTED = 10
 
 
 class Grid(NamedTuple):
@@ -40,6 +42,13 @@ class Grid(NamedTuple):
         """Apply a function to the scales, and to the zero points where there are any."""
         return Grid(function(self.scale), None if self.zero is None else function(self.zero))
 
+    def where(self, choice: Array, other: "Grid") -> "Grid":
+        """Take the entries of this grid where `choice` is True, and else those of `other`."""
+        zero = None
+        if self.zero is not None and other.zero is not None:
+            zero = jnp.where(choice, self.zero, other.zero)
+        return Grid(jnp.where(choice, self.scale, other.scale), zero)
+
 
 @functools.partial(jax.jit, static_argnames=("format", "scale"), inline=True)
 def choose(weight: Array, format: Format, scale: str = "max") -> Grid:
@@ -49,15 +58,22 @@ def choose(weight: Array, format: Format, scale: str = "max") -> Grid:
       weight: [..., out, in].
       format: type, grouping, symmetry, types of scales and zero points.
       scale: `max` maps the largest magnitude to the largest level; `mse` uses the fraction of it
-        with the least squared error; `extreme` maps the signed extreme to the lowest integer
-        (symmetric only; scales may be negative).
+        with the least squared error; `fit` starts there and alternates rounding with least squares;
+        `extreme` maps the signed extreme to the lowest integer (symmetric only; scales may be
+        negative).
 
     Returns:
       Scales and zero points. Groups of zeros have scale one, or zero without a code for level zero
       (`ternary34`). A scale below the range of its type becomes the smallest one of the type.
+
+    References:
+      PT2-LLM, whose iterative ternary fitting `fit` generalizes to every type,
+      https://arxiv.org/abs/2510.03267.
     """
     groups = _grouped(weight.astype(jnp.float32), format)
     low, high = _extremes(groups, format.symmetric)
+    if scale == "fit":
+        return _fitted(groups, low, high, format)
     if scale == "mse":
         ratio = _best_ratio(groups, low, high, format)
         low, high = low * ratio, high * ratio
@@ -112,8 +128,8 @@ def _spanning(low: Array, high: Array, format: Format) -> Grid:
     """Compute the grid with its lowest and highest levels at `low` and `high`."""
     lowest, highest = (-1, 1) if format.qtype == "nf4" else kernels.code_range(format.qtype)
     if format.symmetric:
-        return Grid(_stored(high, highest, format))
-    scale = _stored(high - low, highest - lowest, format)
+        return Grid(_scale_of(high, highest, format))
+    scale = _scale_of(high - low, highest - lowest, format)
     zero = lowest - low / scale.astype(jnp.float32)
     if format.zero_dtype == "int8":
         zero = jnp.clip(jnp.round(zero), lowest, highest)
@@ -123,10 +139,10 @@ def _spanning(low: Array, high: Array, format: Format) -> Grid:
 def _extreme(groups: Array, format: Format) -> Array:
     largest = jnp.argmax(jnp.abs(groups), axis=-1, keepdims=True)
     signed = jnp.take_along_axis(groups, largest, axis=-1)[..., 0]
-    return _stored(signed, kernels.code_range(format.qtype)[0], format)
+    return _scale_of(signed, kernels.code_range(format.qtype)[0], format)
 
 
-def _stored(span: Array, steps: int, format: Format) -> Array:
+def _scale_of(span: Array, steps: int, format: Format) -> Array:
     """Compute the stored scale with `span = steps * scale`."""
     # A quotient can underflow to zero although the span is not zero.
     scale = jnp.where(span == 0, 0.0, jnp.sign(span) * _at_least_tiny(jnp.abs(span / steps)))
@@ -181,6 +197,92 @@ def _best_ratio(groups: Array, low: Array, high: Array, format: Format) -> Array
     return jax.lax.scan(better, start, jnp.asarray(ratios, jnp.float32))[0][1]
 
 
+def _fitted(groups: Array, low: Array, high: Array, format: Format) -> Grid:
+    """Alternate rounding and least squares, and keep the best grid of each group.
+
+    Affine formats start twice: from the grid of `mse`, and from a symmetric one around the mean.
+    """
+    peak = jnp.maximum(-low, high)
+    ratio = _best_ratio(groups, low, high, format)
+    starts = [_spanning(low * ratio, high * ratio, format)]
+    if not format.symmetric:
+        mean = jnp.mean(groups, axis=-1)
+        centred = groups - mean[..., None]
+        reach = jnp.max(jnp.abs(centred), axis=-1)
+        symmetric = dataclasses.replace(format, symmetric=True)
+        reach = reach * _best_ratio(centred, -reach, reach, symmetric)
+        scale = _spanning(-reach, reach, symmetric).scale.astype(jnp.float32)
+        starts.append(stored(Grid(scale, -mean / scale), format))
+
+    def step(carry: tuple[Array, Grid, Grid], _: None) -> tuple[tuple[Array, Grid, Grid], None]:
+        least, best, grid = carry
+        wide = grid.map(lambda x: x[..., None])
+        codes = kernels.quantize(groups, *wide, format.qtype)
+        lost = normalized(kernels.dequantize(codes, *wide, format.qtype) - groups, peak[..., None])
+        error = jnp.sum(jnp.square(lost), axis=-1)
+        less = error < least
+        levels = kernels.levels(codes, format.qtype).astype(jnp.float32)
+        fitted = _least_squares(groups, levels, grid, format)
+        return (jnp.where(less, error, least), grid.where(less, best), fitted), None
+
+    least = jnp.full(low.shape, jnp.inf)
+    best = starts[0]
+    for grid in starts:
+        (least, best, _), _ = jax.lax.scan(step, (least, best, grid), None, length=_FITTED)
+    return best
+
+
+def _least_squares(groups: Array, levels: Array, grid: Grid, format: Format) -> Grid:
+    """Fit scales, and zero points if any, to weights with fixed levels, [..., columns] each."""
+    power, along = (jnp.sum(levels * x, axis=-1) for x in (levels, groups))
+    if grid.zero is not None:
+        sums = power, jnp.sum(levels, axis=-1), jnp.float32(levels.shape[-1])
+        return fit_pair(sums, (along, jnp.sum(groups, axis=-1)), grid.scale, format)
+    scale = along / jnp.where(power > 0, power, jnp.inf)
+    return stored(Grid(jnp.where(scale > 0, scale, grid.scale.astype(jnp.float32))), format)
+
+
+def fit_pair(
+    sums: tuple[Array, Array, Array], right: tuple[Array, Array], scale: Array, format: Format
+) -> Grid:
+    """Fit the scale `a` and the offset `m` of `a T + m` to a target `w` by least squares.
+
+    The squared error is `(w - a T - m)^T S (w - a T - m)`: that of weights with the identity as
+    `S`, that of outputs with a Gram matrix.
+
+    Args:
+      sums: `T^T S T`, `T^T S 1` and `1^T S 1` of levels `T` and a positive definite `S`.
+      right: `T^T S w` and `1^T S w`.
+      scale: scale that is kept if all levels are equal, or if the fitted scale is not positive.
+      format: affine format.
+
+    Returns:
+      The stored grid, with the zero point `-m / a`. The zero point is fitted to the stored scale.
+
+    References:
+      PT2-LLM (its two closed forms), https://arxiv.org/abs/2510.03267.
+    """
+    power, cross, weight = sums
+    # Eliminating m leaves one equation in a; its curvature vanishes if all levels are equal.
+    slope = cross / weight
+    curvature, gain = power - slope * cross, right[0] - slope * right[1]
+    varied = (curvature > 1e-5 * power) & (gain > 0)
+    fitted = jnp.where(varied, gain / jnp.where(varied, curvature, 1.0), scale.astype(jnp.float32))
+    wide = stored(Grid(fitted), format).scale.astype(jnp.float32)
+    return stored(Grid(wide, (cross - right[1] / wide) / weight), format)
+
+
+def stored(grid: Grid, format: Format) -> Grid:
+    """Round float32 scales and zero points to their stored types; integer ones to a level."""
+    scale = spared(kernels.round_scale(grid.scale, format.scale_dtype), format)
+    if grid.zero is None:
+        return Grid(scale)
+    zero = grid.zero
+    if format.zero_dtype == "int8":
+        zero = jnp.clip(jnp.round(zero), *kernels.code_range(format.qtype))
+    return Grid(scale, zero.astype(format.zero_dtype))
+
+
 def per_group_format(format: Format) -> Format:
     """Return the format of a single group."""
     size = PER_TENSOR if format.group_size == PER_TENSOR else None
@@ -199,13 +301,17 @@ def search_scale(weight: Array, format: Format, scale: str, loss: Callable[[Grid
     Args:
       weight: [columns, out], one group per output.
       format: target format.
-      scale: `max` for no search, `mse` for fractions of `max`, `extreme` for both signs too.
+      scale: `max` and `fit` for no search, `mse` for fractions of `max`, `extreme` for both signs
+        too.
       loss: function of a grid [out] that returns losses [out].
 
     Returns:
       The grid, [out] in the stored types; all entries are equal for one scale per matrix.
     """
     group_format = per_group_format(format)
+    if scale == "fit":
+        fitted = choose(weight.T, group_format, "fit")
+        return fitted.map(lambda x: jnp.broadcast_to(x[:, 0], weight.shape[1:]))
     # Four values per output, the minimum for ternary34; `choose` reads only the extremes.
     ends = jnp.stack([weight.min(axis=0), weight.max(axis=0)] * 2, axis=-1)
 
