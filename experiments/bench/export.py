@@ -56,13 +56,15 @@ from experiments.bench.runtimes.compare import Burst, Bursts, shown
 from experiments.bench.runtimes.litert import timed_signatures
 from experiments.common.child import ChildError
 from experiments.common.provenance import peers_of, provenance_of
+from glm_edge.checkpoint import build
+from glm_edge.cli.checkpoints import checkpoint_of
 from glm_edge.cli.console import launch, print_table, refuse_arguments
 from glm_edge.cli.corpora import check_absent, write_text
 from glm_edge.configs import DecoderConfig, GLMConfig, preset
 from glm_edge.errors import DataError
 
 FLAGS = flags.FLAGS
-SHAPES = ("mobile", "tiny", "toy")
+SHAPES = ("mobile", "tiny", "toy", "smollm2")
 TOY = GLMConfig("toy", DecoderConfig(512, 256, 2, 4, 2, 64, 512))
 # Family, module and label of a row, and the bits of each form.
 ENGINES = (
@@ -152,7 +154,9 @@ def phases() -> list[str]:
 
 
 def decoder_of(shape: str) -> GLMConfig:
-    """Return a decoder without encoders, of a preset or `toy`."""
+    """Return a decoder without encoders, of a preset, `toy` or `smollm2`."""
+    if shape == "smollm2":
+        return text_only(build(checkpoint_of(shape)).config)
     return TOY if shape == "toy" else text_only(preset(shape))
 
 

@@ -183,7 +183,7 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path, model, params, store):
         save(boxes.from_flat({k: v for k, v in flat.items() if k != QUERY}, {}))
     with pytest.raises(CheckpointError, match="has no place"):
         save(params | {"new": {"weight": jnp.ones(2)}})
-    with pytest.raises(CheckpointError, match=r"has shape \(3,\), the model .* needs \(32,\)"):
+    with pytest.raises(CheckpointError, match=r"has shape \(3,\), the model needs \(32,\)"):
         save(boxes.from_flat(flat | {"decoder/norm/weight": jnp.ones(3)}, {}))
     with pytest.raises(CheckpointError, match="'decoder/norm/weight': is nan"):
         save(boxes.from_flat(flat | {"decoder/norm/weight": jnp.full(32, jnp.nan)}, {}))
