@@ -102,7 +102,7 @@ class DistillScales(Transform):
         floating, stored = boxes.partition(params, scales=True)
         trainable = _only(floating, moving)
         frozen = boxes.combine(_only(floating, set(old) - moving), stored)
-        trained, curve, notes = train(
+        done = train(
             NAME,
             model,
             trainable,
@@ -113,7 +113,7 @@ class DistillScales(Transform):
             jax.tree_util.tree_map_with_path(_lr_scale, trainable),
             DistillOptions(self.temperature, self.alpha),
         )
-        narrowed = jax.tree_util.tree_map_with_path(_stored, trained, trainable)
+        narrowed = jax.tree_util.tree_map_with_path(_stored, done.trainable, trainable)
         _check_finite(narrowed)
         tuned = boxes.combine(narrowed, frozen)
         rows = [
@@ -121,7 +121,7 @@ class DistillScales(Transform):
             for path, leaf in boxes.path_items(tuned)
             if path in chosen
         ]
-        return model, tuned, Report.of(rows, params, tuned, curve=curve, notes=notes)
+        return model, tuned, Report.of(rows, params, tuned, curve=done.curve, notes=done.notes)
 
 
 distill_scales = DistillScales

@@ -121,7 +121,7 @@ class QAT(WeightTransform):
         student = boxes.map_with_path(prepare, params)
         wanted = _trains(selected, self.trainable.where)
         trainable, frozen = split(student, wanted, self.trainable.learned_scale)
-        trained, curve, notes = train(
+        done = train(
             NAME,
             model,
             trainable,
@@ -132,7 +132,7 @@ class QAT(WeightTransform):
             lr_scale_of(trainable, self.trainable.scale_rate),
             DistillOptions(self.temperature, self.alpha),
         )
-        trained = boxes.combine(trained, frozen)
+        trained = boxes.combine(done.trainable, frozen)
 
         def finish(path: str, leaf: Any, before: Any) -> Any:
             if path in selected:
@@ -149,7 +149,7 @@ class QAT(WeightTransform):
             for path in old
             if path in selected
         ]
-        return model, rounded, Report.of(rows, params, rounded, curve=curve, notes=notes)
+        return model, rounded, Report.of(rows, params, rounded, curve=done.curve, notes=done.notes)
 
 
 qat = QAT
