@@ -164,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
     half, begun = learner.start((full, taught))
     for key, result in results.items() if outside else ():
         runs = [learner.trained(data, key[1], key[0], result.setting, seed) for seed in seeds]
-        rates = [np.mean(hits_of(half, run, data)[~data.scored]) for run in runs]
+        rates = [np.mean(hits_of(*run, data)[~data.scored]) for run in runs]
         outside[title(*key)] = float(np.mean(rates))
     sides = {"full": (full, taught["params"]), "half": (half, begun["params"])}
     seconds = measure.encoder_times(sides, FLAGS.tokens, ROUNDS[FLAGS.preset], FLAGS.threads)
@@ -224,7 +224,7 @@ class Learner(NamedTuple):
 
     def trained(
         self, data: Intents, kind: str, labels: int | None, setting: Setting, seed: int
-    ) -> Variables:
+    ) -> Teacher:
         """Train an encoder of half the depth.
 
         Args:
@@ -233,6 +233,9 @@ class Learner(NamedTuple):
           labels: number of labels, or None for all.
           setting: steps and learning rate.
           seed: seed of labels, initial variables, order and hidden words.
+
+        Returns:
+          The encoder and its variables.
         """
         examples = data.train
         if labels is not None:
@@ -247,7 +250,7 @@ class Learner(NamedTuple):
             training = training._replace(alpha=ALPHA, temperature=TEMPERATURE)
         if kind == SAME:
             teacher = self.taught(examples, seed)
-        return learning.trained(
+        variables = learning.trained(
             self.directory,
             "half",
             half,
@@ -258,14 +261,14 @@ class Learner(NamedTuple):
             teacher=teacher if training.alpha else None,
             augment=hide,
         )
+        return half, variables
 
     def accuracy(
         self, data: Intents, kind: str, labels: int | None, setting: Setting, seed: int
     ) -> float:
         """Train as `trained`, and return the accuracy on texts with an intent in percent."""
-        variables = self.trained(data, kind, labels, setting, seed)
-        half, _ = self.start(self.taught(data.train, FLAGS.seed))
-        return percent(hits_of(half, variables, data), data.scored)
+        student = self.trained(data, kind, labels, setting, seed)
+        return percent(hits_of(*student, data), data.scored)
 
 
 def config_of(data: Intents, layers: int, width: int) -> TextConfig:

@@ -16,8 +16,9 @@ from the arrays, and the rest is healed by distillation. All methods calibrate o
 --calibration_windows of --calibration_text and --calibration_screens. Healing uses
 --training_windows of the text, and screens with half of the questions spoken: a fifth of the
 batches under a mask, two fifths after a removal. Screens, digits, speakers and text differ from
-those of the measurement. Labels are a tenth of the healing loss, so the row
-`nothing removed, trained likewise` shows the effect of more training alone.
+those of the measurement. Labels are a tenth of the healing loss. Beside each distilled row, a row
+of labels alone has the same batches, steps and schedule. The rows `nothing removed, trained
+likewise` show the effect of more training alone.
 
 Bytes are those of the stored decoder including masks; a mask alone saves none. With --speed_shape,
 the same heads and neurons are removed from that shape with random weights. Both models are written
@@ -167,10 +168,16 @@ def conclude(directory: Path, results: Path, methods: Sequence[Method]) -> None:
             for g in goals
         ],
     )
-    text = f"{table}\n\n{show.FOOTNOTE}\n\n{reached}\n"
+    gains = show.gains(results_rows)
+    changes = text_table(
+        ["perplexity, distilled over labels alone", "change", "from", "to"],
+        [[g["row"], *(f"{g[end]:+.2%}" for end in ("change", "low", "high"))] for g in gains],
+    )
+    text = f"{table}\n\n{show.FOOTNOTE}\n\n{changes}\n\n{reached}\n"
     report = {
         "run": bench_quality.circumstances(results_rows),
         "goals": goals,
+        "gains": gains,
         "speed": times,
         "rows": results_rows,
     }

@@ -167,7 +167,7 @@ class Distill(Transform):
         """Return the teacher, or None if the loss has no term of it."""
         if self.teacher is not None:
             return self.teacher
-        if self.alpha == 0.0 and self.intermediates is None and self.on_policy is None:
+        if not self._options.needs_teacher:
             return None
         if context.original[1] is params:
             raise RecipeError(

@@ -43,7 +43,8 @@ class DistillScales(Transform):
     Attributes:
       where: regular expression searched in each path of the quantized weights; None selects all.
       norms: also trains norms and biases under the same roots (`decoder`, `vision`, …).
-      teacher: `(model, params)`; None means the input model of the chain.
+      teacher: `(model, params)`; None means the input model of the chain, or no teacher if
+        `alpha` is 0.
       train: steps, learning rate and further options, see `glm_edge.TrainOptions`.
       temperature: temperature of both predictions.
       alpha: weight of the teacher's loss, in 0..1; the labels' loss has weight `1 - alpha`.
@@ -78,7 +79,8 @@ class DistillScales(Transform):
             raise RecipeError(f"{NAME}: scales have no decay; remove weight_decay from train=")
 
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
-        if self.teacher is None and context.original[1] is params:
+        options = DistillOptions(self.temperature, self.alpha)
+        if options.needs_teacher and self.teacher is None and context.original[1] is params:
             raise RecipeError(
                 f"{NAME}: the model would be its own teacher; pass teacher=(model, params), or "
                 "chain it after a quantizing transform"
@@ -107,11 +109,11 @@ class DistillScales(Transform):
             model,
             trainable,
             frozen,
-            self.teacher or context.original,
+            self.teacher or (context.original if options.needs_teacher else None),
             self.train,
             context,
             jax.tree_util.tree_map_with_path(_lr_scale, trainable),
-            DistillOptions(self.temperature, self.alpha),
+            options,
         )
         narrowed = jax.tree_util.tree_map_with_path(_stored, done.trainable, trainable)
         _check_finite(narrowed)
