@@ -78,6 +78,11 @@ class Learner(NamedTuple):
         )
         return self.teacher, variables
 
+    def teacher_accuracy(self, data: vision.Digits, labels: int, seed: int) -> float:
+        """Return the accuracy of the teacher of a few labels on the test part in percent."""
+        examples = learning.few_labels(data.train, labels, seed)
+        return learning.accuracy(*self.taught(examples, seed, few=True), data.test)
+
     def accuracy(
         self, data: vision.Digits, kind: str, labels: int | None, setting: Setting, seed: int
     ) -> float:
@@ -141,20 +146,24 @@ def main(argv: Sequence[str]) -> None:
     )
     labels = [int(count) for count in FLAGS.labels or LABELS[FLAGS.preset]]
     compared = {
-        (group, kind): Arm(
-            functools.partial(learner.accuracy, data.for_tuning(), kind, group),
-            functools.partial(learner.accuracy, data, kind, group),
+        (count, kind): Arm(
+            functools.partial(learner.accuracy, data.for_tuning(), kind, count),
+            functools.partial(learner.accuracy, data, kind, count),
         )
-        for group in (None, *labels)
+        for count in (None, *labels)
         for kind in (ALONE, AUGMENTED, SAME, ALL)
         # Of all labels there is one teacher.
-        if group is not None or kind != SAME
+        if count is not None or kind != SAME
     }
     grid = arms.grid_from_flags(STEPS, RATES)
     results = arms.compare(compared, grid, table.seeds(SEEDS))
     taught = learner.taught(data.train, FLAGS.seed, few=False)
-    teacher = learning.accuracy(*taught, data.test)
-    rows = rows_of(teacher, results, data.name)
+    teachers = {None: [learning.accuracy(*taught, data.test)]}
+    for count in labels:
+        teachers[count] = [
+            learner.teacher_accuracy(data, count, seed) for seed in table.seeds(SEEDS)
+        ]
+    rows = rows_of(teachers, results, data.name)
     counts = {
         "teacher": boxes.count(taught[1]["params"]),
         "student": boxes.count(learning.fresh(learner.student, data.train, 0)["params"]),
@@ -169,7 +178,7 @@ def main(argv: Sequence[str]) -> None:
         rows,
         ("digits_dir", "teacher_steps", "steps", "rates", "labels", "seeds"),
         {
-            "teacher": teacher,
+            "teachers": {group(count): values for count, values in teachers.items()},
             "arms": {title(*key): result.to_json() for key, result in results.items()},
             "alpha": ALPHA,
             "temperature": TEMPERATURE,
@@ -179,38 +188,48 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
+def group(labels: int | None) -> str:
+    """Return the name of a group of arms."""
+    return "all labels" if labels is None else f"{labels} labels, the rest unlabelled"
+
+
 def title(labels: int | None, kind: str) -> str:
     """Return the name of an arm."""
-    group = "all labels" if labels is None else f"{labels} labels, the rest unlabelled"
-    return f"{group}: {kind}"
+    return f"{group(labels)}: {kind}"
 
 
 def rows_of(
-    teacher: float, results: Mapping[tuple[int | None, str], Result], data: str
+    teachers: Mapping[int | None, Sequence[float]],
+    results: Mapping[tuple[int | None, str], Result],
+    data: str,
 ) -> list[Row]:
     """Return the rows of accuracies, of paired gains, and of the gap recovered by distillation.
 
     Args:
-      teacher: accuracy of the teacher of all labels in percent.
+      teachers: accuracies of the teachers in percent, by number of labels; None is all labels.
       results: results by number of labels and kind.
       data: name of the data set.
     """
+    (teacher,) = teachers[None]
     note = f"{data}; claim on ImageNet"
     rows = [Row("top-1, teacher of all labels", "%", CLAIMED_TEACHER, teacher, note=note)]
     for labels in dict.fromkeys(labels for labels, _ in results):
-        group = {kind: result for (count, kind), result in results.items() if count == labels}
+        if labels is not None:
+            mean, spread = statistics.fmean(teachers[labels]), statistics.stdev(teachers[labels])
+            rows.append(Row(f"top-1, teacher of {labels} labels", "%", None, mean, spread))
+        members = {kind: result for (count, kind), result in results.items() if count == labels}
         claims = CLAIMS if labels is None else {}
         rows += [
             arms.accuracy_row(title(labels, kind), result, claims.get(kind))
-            for kind, result in group.items()
+            for kind, result in members.items()
         ]
         for kind in (SAME, ALL):
             for base in (ALONE, AUGMENTED):
-                if kind not in group:
+                if kind not in members:
                     continue
                 claim = CLAIMS[ALL] - CLAIMS[ALONE] if base in claims else None
                 name = f"gain over {base}, {title(labels, kind)}"
-                pair = (group[base].accuracies, group[kind].accuracies)
+                pair = (members[base].accuracies, members[kind].accuracies)
                 rows.append(arms.gain_row(name, *pair, claim))
     alone, distilled = (statistics.fmean(results[None, k].accuracies) for k in (ALONE, ALL))
     gap = teacher - alone

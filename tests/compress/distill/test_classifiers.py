@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from glm_edge import params as boxes
 from glm_edge.compress import Calibration, TrainOptions, chain, distill, prune, quantize
 from glm_edge.compress.distill.classifier import is_classifier
 from glm_edge.compress.distill.losses import Objective, classification_loss
@@ -289,17 +290,30 @@ def test_the_last_finite_statistics_are_those_of_the_error(accumulate):
     np.testing.assert_allclose(*means, rtol=1e-5)
 
 
-def test_a_text_encoder_learns_classes_from_tokens():
+@pytest.fixture(scope="module")
+def texts():
+    """A text encoder with its parameters, and a batch whose first token is the class."""
     model = TextEncoder(TextConfig(20, 8, 1, 2, 16, 8, num_labels=CLASSES, type_vocab_size=0))
     rng = np.random.default_rng(0)
     labels = rng.integers(0, CLASSES, 16)
-    tokens = np.concatenate([np.ones((16, 1), int), rng.integers(4, 20, (16, 5))], axis=1)
-    tokens[:, 0] = 1 + labels
+    tokens = np.concatenate([1 + labels[:, None], rng.integers(4, 20, (16, 5))], axis=1)
     batch = {"tokens": tokens, "valid": tokens > 0, "labels": labels}
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    return model, jax.jit(model.init)(jax.random.key(0), tokens)["params"], batch
+
+
+def test_a_text_encoder_learns_classes_from_tokens(texts):
+    model, params, batch = texts
     trained, report = train([batch], None, model, params, alpha=0.0, steps=25, learning_rate=0.03)
     assert report.curve[-1].hard < 0.3 * report.curve[0].hard
     assert set(trained) == set(params)
+
+
+def test_quantization_aware_training_takes_classifiers(texts):
+    model, params, batch = texts
+    recipe = quantize.qat("int8", train=TrainOptions(steps=1), alpha=0.5)
+    _, rounded, report = recipe(model, params, calibration=[batch])
+    assert isinstance(rounded["classifier"]["weight"], boxes.Quantized)
+    assert report.curve[0].hard > report.curve[0].soft > 0.0
 
 
 def test_a_pruned_cnn_is_healed_in_a_chain():

@@ -193,7 +193,9 @@ def test_the_gap_that_distillation_closes():
         (50, distillation.SAME): result_of(80.0, 81.0),
         (50, distillation.ALL): result_of(90.0, 91.0),
     }
-    rows = {row.quantity: row for row in distillation.rows_of(98.0, results, "d")}
+    teachers = {None: [98.0], 50: [75.0, 77.0]}
+    rows = {row.quantity: row for row in distillation.rows_of(teachers, results, "d")}
+    assert rows["top-1, teacher of 50 labels"].measured == pytest.approx(76.0)
     assert rows["gap recovered"].measured == pytest.approx(50.0)
     gain = rows["gain over labels alone, all labels: distilled, teacher of all labels"]
     assert (gain.claim, gain.measured, gain.spread) == pytest.approx((2.2, 3.5, 0.5**0.5))
@@ -202,7 +204,8 @@ def test_the_gap_that_distillation_closes():
     assert rows[f"gain over labels alone, augmented, {name}"].measured == pytest.approx(18.0)
     assert rows[f"gain over labels alone, {name}"].claim is None
     assert rows["top-1, all labels: labels alone"].spread == pytest.approx(2**0.5)
-    rows = {row.quantity: row for row in distillation.rows_of(90.0, results, "d")}
+    teachers[None] = [90.0]
+    rows = {row.quantity: row for row in distillation.rows_of(teachers, results, "d")}
     assert rows["gap recovered"].measured is None
     assert "no gap here" in rows["gap recovered"].note
 
