@@ -102,14 +102,28 @@ def grid_from_flags(
     Raises:
       DataError: a flag has a value that is not a positive number.
     """
-    try:
-        counts = [int(value) for value in FLAGS.steps or steps[FLAGS.preset]]
-        peaks = [float(value) for value in FLAGS.rates or rates[FLAGS.preset]]
-    except ValueError as error:
-        raise DataError(f"--steps and --rates take numbers: {error}") from error
-    if min(counts) < 1 or not min(peaks) > 0:
-        raise DataError("--steps and --rates must be positive")
+    counts = numbers("steps", int) or steps[FLAGS.preset]
+    peaks = numbers("rates", float) or rates[FLAGS.preset]
     return grid_of(counts, peaks)
+
+
+def numbers(flag: str, kind: type) -> list[Any]:
+    """Read a flag that holds a list of positive numbers, empty by default.
+
+    Args:
+      flag: name of the flag.
+      kind: `int` or `float`.
+
+    Raises:
+      DataError: a value is not a positive number of this kind.
+    """
+    try:
+        values = [kind(value) for value in FLAGS[flag].value or ()]
+    except ValueError as error:
+        raise DataError(f"--{flag}: {error}") from error
+    if not all(value > 0 for value in values):
+        raise DataError(f"--{flag} takes positive numbers, not {values}")
+    return values
 
 
 def grid_of(steps: Sequence[int], rates: Sequence[float]) -> list[Setting]:

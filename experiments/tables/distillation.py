@@ -131,7 +131,9 @@ def define_flags() -> None:
         "teacher_steps", None, "Training steps of the teacher; default: the preset's.", 1
     )
     arms.define_flags()
-    flags.DEFINE_list("labels", None, "Numbers of labels of the other groups; default: 50, 100.")
+    flags.DEFINE_list(
+        "labels", None, "Numbers of labels of the other groups; default: the preset's."
+    )
     flags.DEFINE_integer("seeds", None, "Number of students of each kind; default: 5.", 2)
 
 
@@ -144,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
         vision.classifier("separable_digits", data),
         FLAGS.teacher_steps or TEACHER_STEPS[FLAGS.preset],
     )
-    labels = [int(count) for count in FLAGS.labels or LABELS[FLAGS.preset]]
+    labels = arms.numbers("labels", int) or LABELS[FLAGS.preset]
     compared = {
         (count, kind): Arm(
             functools.partial(learner.accuracy, data.for_tuning(), kind, count),

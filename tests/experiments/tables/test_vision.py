@@ -174,6 +174,9 @@ def test_distillation_prints_the_claims_beside_what_it_measured(run, tiny, monke
     counts = (36 + 8) + (36 + 8) + (32 + 16) + (80 + 10)
     assert float(rows["parameters, student"]["measured"]) == counts
     assert "--labels=10" in log["command"]
+    for flag in ("--rates=fast", "--steps=0", "--labels=ten"):
+        with pytest.raises(DataError, match=flag.split("=")[0]):
+            run(distillation, flag, "--overwrite")
     # All trainings are found again.
     monkeypatch.setattr(learning, "train", None)
     assert run(distillation, *few, "--overwrite")[1]["measured"] == log["measured"]
