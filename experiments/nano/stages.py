@@ -24,7 +24,6 @@ import optax
 from absl import logging
 from safetensors.numpy import load_file, save_file
 
-from experiments.common.training import gradient_step
 from glm_edge.errors import DataError
 from glm_edge.writers import write_whole
 
@@ -204,8 +203,9 @@ def _resumed(path: Path, schedule: Schedule) -> dict[str, Any]:
 
 def _update(loss: Loss, optimizer: optax.GradientTransformation):
     def update(state: Tree, opt_state: Tree, batch: Any, rng: jax.Array):
-        state, opt_state, _, parts = gradient_step(loss, optimizer, state, opt_state, batch, rng)
-        return state, opt_state, parts
+        gradient, parts = jax.grad(loss, has_aux=True)(state, batch, rng)
+        updates, opt_state = optimizer.update(gradient, opt_state, state)
+        return optax.apply_updates(state, updates), opt_state, parts
 
     return update
 

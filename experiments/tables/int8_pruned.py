@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.tables import measure, table, vision
+from experiments.tables import learning, measure, table, vision
 from experiments.tables.learning import Training
 from experiments.tables.table import IMAGENET, Row
 from glm_edge.cli.console import launch
@@ -94,17 +94,22 @@ def accuracies(
     Returns:
       Accuracy in percent by kind; int8 models run as files in LiteRT.
     """
-    model, dense, targets, small, pruned = vision.pruned(
-        directory, data, seed, dense_steps, fraction
-    )
+    model, dense, small, pruned = vision.pruned(directory, data, seed, dense_steps, fraction)
     healing = Training(heal_steps, 2e-3, alpha=0.9)
-    pruned = vision.trained(
-        directory, f"pruned_{seed}", small, data, healing, seed, pruned, targets
+    pruned = learning.trained(
+        directory,
+        f"pruned_{seed}",
+        small,
+        data.train,
+        healing,
+        seed,
+        start=pruned,
+        teacher=(model, dense),
     )
     measurements = {}
     with tempfile.TemporaryDirectory() as scratch:
         for kind, side in (("dense", (model, dense)), ("pruned", (small, pruned))):
-            measurements[kind] = vision.accuracy(*side, data)
+            measurements[kind] = learning.accuracy(*side, data.test)
             path = Path(scratch) / f"{kind}.tflite"
             deployed = reparameterize()(*side)[:2]
             measure.export(

@@ -6,17 +6,23 @@
 The claim: 94.2 % for the full encoder and 91.7 % for the distilled one. It names neither data nor
 encoder, and such encoders start from weights pretrained on billions of words, which this table does
 not have. The table trains a BERT of --layers layers on CLINC150's 150 intents, and on texts without
-an intent, from the training texts alone. Three encoders with half the layers follow. One learns
-from labels only, one also from the teacher's predictions (alpha 0.9, temperature 4), and one does
-the same but starts from every second layer of the teacher, like DistilBERT. All three use the same
-texts in the same order for the same number of steps; training masks one token in ten. Accuracy is
-measured on texts with an intent of the folder's test part. Without a test part, it is measured on
-the dev part, on which the presets were chosen.
+an intent, from the training texts alone. Encoders with half the layers follow. Each learns from
+labels only, or also from the teacher's predictions (alpha 0.9; temperature 1, since higher ones
+flatten 151 classes). Some start from every second layer of the teacher, like DistilBERT. In the
+second group of rows, --labels texts per class have a label and the rest have none, and the teacher
+has learned from the same labels or from all.
+
+Training masks one token in ten; student and teacher read the same masked tokens. Each arm uses the
+learning rate and steps of the grid that are best on every fifth training text, with seeds, labels
+and teachers of the tuning only. Differences between arms are paired by seed. Accuracy is measured
+on texts with an intent of the folder's test part. Without a test part, it is measured on the dev
+part.
 """
 
+import functools
 import json
-import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +34,12 @@ from jax import Array
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from experiments.nano.phone_screens import metrics
-from experiments.tables import learning, measure, table
-from experiments.tables.learning import Classifier, Training, Variables
+from experiments.tables import arms, learning, measure, table
+from experiments.tables.arms import Arm, Result, Setting
+from experiments.tables.learning import Examples, Teacher, Training, Variables
 from experiments.tables.table import Row
 from glm_edge import params as boxes
-from glm_edge.cli.console import bar, launch
+from glm_edge.cli.console import launch
 from glm_edge.cli.corpora import read_text
 from glm_edge.compress import prune
 from glm_edge.configs import TextConfig
@@ -41,12 +48,21 @@ from glm_edge.models.text import TextEncoder
 
 FLAGS = flags.FLAGS
 NAME = "intent"
-HALVES = ("half", "half, distilled", "half, from the teacher's layers")
-CLAIMS = {"full": 94.2} | dict.fromkeys(HALVES[1:], 91.7)
-STEPS = {"quick": (1400, 800), "full": (5000, 4000)}
+ALPHA, TEMPERATURE, BATCH = 0.9, 1.0, 32
+ALONE, DISTILLED = "labels alone", "distilled"
+LAYERS_ALONE, LAYERS = "teacher's layers, labels alone", "teacher's layers, distilled"
+SAME, ALL = "distilled, teacher of the same labels", "distilled, teacher of all labels"
+# Arms of all labels, and of a few per class.
+COMPLETE, FEW = (ALONE, DISTILLED, LAYERS_ALONE, LAYERS), (ALONE, SAME, ALL)
+# Pairs of arms whose difference is a row.
+GAINS = ((ALONE, DISTILLED), (LAYERS_ALONE, LAYERS), (ALONE, LAYERS_ALONE), (ALONE, SAME))
+GAINS += ((ALONE, ALL),)
+FULL, HALF = 94.2, 91.7
+TEACHER_STEPS = {"quick": 1400, "full": 5000}
+STEPS = {"quick": (400,), "full": (1500, 4000)}
+RATES = {"quick": (2e-3, 4e-3), "full": (1e-3, 2e-3, 4e-3)}
 SHAPES = {"quick": (4, 64), "full": (6, 128)}
-LEARNING = Training(0, learning_rate=2e-3, batch=32)
-SEEDS = {"quick": 1, "full": 3}
+SEEDS = {"quick": 5, "full": 5}
 ROUNDS = {"quick": 15, "full": 50}
 NONE = "oos"
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -66,6 +82,31 @@ class Intents(NamedTuple):
     test_tokens: np.ndarray
     test_labels: np.ndarray
     scored: np.ndarray
+
+    @property
+    def train(self) -> Examples:
+        """Training texts."""
+        return _examples(self.train_tokens, self.train_labels)
+
+    @property
+    def test(self) -> Examples:
+        """Test texts."""
+        return _examples(self.test_tokens, self.test_labels)
+
+    def for_tuning(self) -> "Intents":
+        """Split the training texts: every fifth takes the role of a test text."""
+        tests = np.arange(len(self.train_labels)) % 5 == 4
+        tokens, labels = self.train_tokens, self.train_labels
+        return Intents(
+            f"{self.name}, tuning",
+            self.vocabulary,
+            self.classes,
+            tokens[~tests],
+            labels[~tests],
+            tokens[tests],
+            labels[tests],
+            np.ones(int(tests.sum()), bool),
+        )
 
 
 def define_flags() -> None:
@@ -91,12 +132,9 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "teacher_steps", None, "Training steps of the full encoder; default: the preset's.", 1
     )
-    flags.DEFINE_integer(
-        "student_steps", None, "Training steps of each student; default: the preset's.", 1
-    )
-    flags.DEFINE_integer(
-        "seeds", None, "Number of students of each kind; default: 1, or 3 for full.", 1
-    )
+    arms.define_flags()
+    flags.DEFINE_integer("labels", 10, "Labels per class of the second group of arms.", 1)
+    flags.DEFINE_integer("seeds", None, "Number of students of each kind; default: 5.", 2)
     flags.DEFINE_integer("threads", 2, "Number of LiteRT threads; JAX uses all available cores.", 1)
 
 
@@ -106,48 +144,131 @@ def main(argv: Sequence[str]) -> None:
     if layers % 2 or width % 32:
         raise DataError("--layers must be even, and --hidden_size a multiple of 32")
     directory = table.prepare(argv)
-    teacher_steps, student_steps = STEPS[FLAGS.preset]
     data = load(FLAGS.intent_dir, FLAGS.vocabulary, FLAGS.tokens)
-    full = TextEncoder(config_of(data, layers, width))
-    alone = LEARNING._replace(steps=FLAGS.teacher_steps or teacher_steps)
-    taught = trained(directory, "full", full, data, alone, FLAGS.seed)
-    targets = learning.logits_of(Classifier(full, _apply), taught, data.train_tokens)
-    every_second = prune.depth(tuple(range(1, layers, 2)))
-    half, begun, _ = every_second(full, taught["params"])
-    labels = LEARNING._replace(steps=FLAGS.student_steps or student_steps)
-    teacher = labels._replace(alpha=0.9)
-    trainings = (
-        (labels, None, None),
-        (teacher, None, targets),
-        (teacher, {"params": begun}, targets),
-    )
-    hits: dict[str, list[np.ndarray]] = {"full": [hits_of(full, taught, data)]}
-    for seed in bar("students")(table.seeds(SEEDS)):
-        for kind, (training, start, learned) in zip(HALVES, trainings, strict=True):
-            variables = trained(
-                directory, f"{kind}_{seed}", half, data, training, seed, start, learned
-            )
-            hits.setdefault(kind, []).append(hits_of(half, variables, data))
-    sides = {"full": (full, taught["params"]), "half": (half, variables["params"])}
+    steps = FLAGS.teacher_steps or TEACHER_STEPS[FLAGS.preset]
+    learner = Learner(directory, TextEncoder(config_of(data, layers, width)), steps)
+    few = FLAGS.labels * data.classes
+    compared = {
+        (group, kind): Arm(
+            functools.partial(learner.accuracy, data.for_tuning(), kind, group),
+            functools.partial(learner.accuracy, data, kind, group),
+        )
+        for group, kinds in ((None, COMPLETE), (few, FEW))
+        for kind in kinds
+    }
+    seeds = table.seeds(SEEDS)
+    results = arms.compare(compared, arms.grid_from_flags(STEPS, RATES), seeds)
+    full, taught = learner.taught(data.train, FLAGS.seed)
+    hits = hits_of(full, taught, data)
+    outside = {"full": float(np.mean(hits[~data.scored]))} if not data.scored.all() else {}
+    half, begun = learner.start((full, taught))
+    for key, result in results.items() if outside else ():
+        runs = [learner.trained(data, key[1], key[0], result.setting, seed) for seed in seeds]
+        rates = [np.mean(hits_of(*run, data)[~data.scored]) for run in runs]
+        outside[title(*key)] = float(np.mean(rates))
+    sides = {"full": (full, taught["params"]), "half": (half, begun["params"])}
     seconds = measure.encoder_times(sides, FLAGS.tokens, ROUNDS[FLAGS.preset], FLAGS.threads)
     counts = {name: boxes.count(params) for name, (_, params) in sides.items()}
     table.publish(
         NAME,
         "Intents by a full and a half-depth text encoder: claimed 94.2 % and 91.7 %",
-        rows_of(hits, data, counts, seconds),
+        [*rows_of(hits, results, data, outside), *cost_rows(counts, seconds)],
         (
             "intent_dir", "layers", "hidden_size", "vocabulary", "tokens", "teacher_steps",
-            "student_steps", "seeds", "threads",
+            "steps", "rates", "labels", "seeds", "threads",
         ),
         {
-            "accuracy": {
-                kind: [percent(run, data.scored) for run in runs] for kind, runs in hits.items()
-            },
+            "full": percent(hits, data.scored),
+            "arms": {title(*key): result.to_json() for key, result in results.items()},
+            "alpha": ALPHA,
+            "temperature": TEMPERATURE,
             "data": data.name,
             "test_texts": len(data.scored),
             "seconds": seconds,
         },
     )  # fmt: skip
+
+
+class Learner(NamedTuple):
+    """Everything that an arm needs besides its setting and seed.
+
+    Attributes:
+      directory: directory of the table.
+      full: the full encoder.
+      teacher_steps: training steps of the full encoder.
+    """
+
+    directory: Path
+    full: TextEncoder
+    teacher_steps: int
+
+    def taught(self, examples: Examples, seed: int) -> Teacher:
+        """Train the full encoder on the labels of some texts."""
+        training = Training(self.teacher_steps, 2e-3, BATCH)
+        variables = learning.trained(
+            self.directory,
+            "full",
+            self.full,
+            learning.labelled(examples),
+            training,
+            seed,
+            augment=hide,
+        )
+        return self.full, variables
+
+    def start(self, teacher: Teacher) -> Teacher:
+        """Return an encoder of half the depth with every second layer of the teacher."""
+        every_second = prune.depth(tuple(range(1, self.full.config.num_layers, 2)))
+        half, begun, _ = every_second(teacher[0], teacher[1]["params"])
+        return half, {"params": begun}
+
+    def trained(
+        self, data: Intents, kind: str, labels: int | None, setting: Setting, seed: int
+    ) -> Teacher:
+        """Train an encoder of half the depth.
+
+        Args:
+          data: the texts, or those for tuning.
+          kind: kind of training, such as `ALONE`.
+          labels: number of labels, or None for all.
+          setting: steps and learning rate.
+          seed: seed of labels, initial variables, order and hidden words.
+
+        Returns:
+          The encoder and its variables.
+        """
+        examples = data.train
+        if labels is not None:
+            examples = learning.few_labels(examples, labels, seed)
+        training = Training(*setting, BATCH)
+        # All students of the measurement have one teacher of all labels.
+        teacher = self.taught(data.train, FLAGS.seed)
+        half, begun = self.start(teacher)
+        if kind in (ALONE, LAYERS_ALONE):
+            examples = learning.labelled(examples)
+        else:
+            training = training._replace(alpha=ALPHA, temperature=TEMPERATURE)
+        if kind == SAME:
+            teacher = self.taught(examples, seed)
+        variables = learning.trained(
+            self.directory,
+            "half",
+            half,
+            examples,
+            training,
+            seed,
+            start=begun if kind in (LAYERS_ALONE, LAYERS) else None,
+            teacher=teacher if training.alpha else None,
+            augment=hide,
+        )
+        return half, variables
+
+    def accuracy(
+        self, data: Intents, kind: str, labels: int | None, setting: Setting, seed: int
+    ) -> float:
+        """Train as `trained`, and return the accuracy on texts with an intent in percent."""
+        student = self.trained(data, kind, labels, setting, seed)
+        return percent(hits_of(*student, data), data.scored)
 
 
 def config_of(data: Intents, layers: int, width: int) -> TextConfig:
@@ -257,43 +378,23 @@ def tokenizer_of(texts: Sequence[str], vocabulary: int, length: int) -> Tokenize
     return tokenizer
 
 
-def _apply(
-    model: TextEncoder, variables: Variables, tokens: Array, key: Array | None
-) -> tuple[Array, Variables]:
-    if key is not None:
-        hidden = jax.random.bernoulli(key, HIDDEN_WORDS, tokens.shape)
-        tokens = jnp.where(hidden & (tokens >= len(SPECIALS)), UNKNOWN, tokens)
-    return model.apply(variables, tokens, tokens != PAD)[0], {}
+def _examples(tokens: np.ndarray, labels: np.ndarray) -> Examples:
+    return {"tokens": tokens, "valid": tokens != PAD, "labels": labels}
 
 
-def trained(
-    directory: Path,
-    name: str,
-    model: TextEncoder,
-    data: Intents,
-    training: Training,
-    seed: int,
-    start: Variables | None = None,
-    targets: np.ndarray | None = None,
-) -> Variables:
-    """Train an encoder, or load that of an earlier run; see `vision.trained`."""
-
-    def make() -> Variables:
-        begin = start
-        if begin is None:
-            begin = jax.jit(model.init)(jax.random.key(seed), data.train_tokens[:1])
-        examples = data.train_tokens, data.train_labels
-        return learning.train(Classifier(model, _apply), begin, *examples, training, seed, targets)
-
-    examples = [data.name, learning.fingerprint((data.train_tokens, data.train_labels))]
-    settings = learning.settings(model, examples, training, seed, start, targets)
-    return learning.cached_training(directory, re.sub(r"\W+", "_", name), settings, make)
+def hide(key: Array, batch: dict[str, Array]) -> dict[str, Array]:
+    """Mask one token in ten of a batch, except for special tokens."""
+    tokens = batch["tokens"]
+    hidden = jax.random.bernoulli(key, HIDDEN_WORDS, tokens.shape)
+    return {
+        **batch,
+        "tokens": jnp.where(hidden & (tokens >= len(SPECIALS)), UNKNOWN, tokens),
+    }
 
 
 def hits_of(model: TextEncoder, variables: Variables, data: Intents) -> np.ndarray:
     """Return True for correctly classified test texts, bool [E]."""
-    logits = learning.logits_of(Classifier(model, _apply), variables, data.test_tokens)
-    return logits.argmax(-1) == data.test_labels
+    return learning.logits_of(model, variables, data.test).argmax(-1) == data.test_labels
 
 
 def percent(hits: np.ndarray, chosen: np.ndarray) -> float:
@@ -301,66 +402,67 @@ def percent(hits: np.ndarray, chosen: np.ndarray) -> float:
     return 100.0 * float(np.mean(hits[chosen]))
 
 
+def title(labels: int | None, kind: str) -> str:
+    """Return the name of an arm."""
+    group = "all labels" if labels is None else f"{labels} labels, the rest unlabelled"
+    return f"half, {group}: {kind}"
+
+
 def rows_of(
-    hits: dict[str, list[np.ndarray]],
+    full: np.ndarray,
+    results: Mapping[tuple[int | None, str], Result],
     data: Intents,
-    counts: dict[str, int],
-    seconds: dict[str, list[float]],
+    outside: Mapping[str, float],
 ) -> list[Row]:
-    """Return the table's rows.
+    """Return the rows of accuracies and their differences.
 
     Args:
-      hits: hits of every seed on the test texts, by kind of encoder.
+      full: hits of the full encoder on the test texts.
+      results: results by number of labels and kind.
       data: data of the measurement.
+      outside: fraction of texts without an intent that are recognised, by encoder.
+    """
+    rate = metrics.bootstrap(full[data.scored].astype(float))
+    note = f"{data.name}, {table.interval(rate)}; claim on different data"
+    rows = [Row("top-1, full", "%", FULL, 100.0 * rate.value, note=note)]
+    for (labels, kind), result in results.items():
+        claim = HALF if labels is None and kind in (DISTILLED, LAYERS) else None
+        rows.append(arms.accuracy_row(title(labels, kind), result, claim))
+    for labels in dict.fromkeys(labels for labels, _ in results):
+        for base, kind in GAINS:
+            if (labels, base) in results and (labels, kind) in results:
+                pair = (results[labels, base].accuracies, results[labels, kind].accuracies)
+                rows.append(arms.gain_row(f"gain over {base}, {title(labels, kind)}", *pair))
+    for kind in (DISTILLED, LAYERS):
+        accuracies = results[None, kind].accuracies
+        lost = 100.0 * rate.value - statistics.fmean(accuracies)
+        spread = statistics.stdev(accuracies)
+        rows.append(Row(f"lost by half the depth, {kind}", "points", FULL - HALF, lost, spread))
+    texts = f"{int(np.sum(~data.scored))} texts without an intent"
+    rows += [
+        Row(f"recognised as without intent, {kind}", "%", None, 100.0 * share, note=texts)
+        for kind, share in outside.items()
+    ]
+    return rows
+
+
+def cost_rows(counts: Mapping[str, int], seconds: Mapping[str, list[float]]) -> list[Row]:
+    """Return the rows of sizes and times.
+
+    Args:
       counts: number of parameters by encoder.
       seconds: seconds by engine and encoder.
     """
-    # All seeds classify the same texts, so their mean is one value per text.
-    mean = {kind: np.mean(runs, axis=0) for kind, runs in hits.items()}
-    rows = []
-    for kind, runs in hits.items():
-        scores = [percent(run, data.scored) for run in runs]
-        rate = metrics.bootstrap(mean[kind][data.scored])
-        note = f"{data.name}, {len(runs)} seed(s), {table.interval(rate)}; claim on different data"
-        spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
-        rows.append(
-            Row(f"top-1, {kind}", "%", CLAIMS.get(kind), float(np.mean(scores)), spread, note)
-        )
-    for title, first, second, claim in (
-        (
-            "lost by half the depth, distilled",
-            HALVES[1],
-            "full",
-            CLAIMS["full"] - CLAIMS[HALVES[1]],
-        ),
-        (
-            "lost by half the depth, from the teacher's layers",
-            HALVES[2],
-            "full",
-            CLAIMS["full"] - CLAIMS[HALVES[2]],
-        ),
-        ("gain of distillation", HALVES[0], HALVES[1], None),
-        ("gain of the teacher's layers", HALVES[1], HALVES[2], None),
-    ):
-        pair = (mean[kind][data.scored] for kind in (first, second))
-        rate = metrics.paired_difference(*pair)
-        note = f"paired by text, {table.interval(rate)}"
-        rows.append(Row(title, "points", claim, 100.0 * rate.value, note=note))
-    if not data.scored.all():
-        for kind in hits:
-            scores = 100.0 * float(np.mean(mean[kind][~data.scored]))
-            note = f"{int(np.sum(~data.scored))} texts without an intent"
-            rows.append(Row(f"recognised as without intent, {kind}", "%", None, scores, note=note))
-    rows += [Row(f"parameters, {kind}", "M", None, n / 1e6) for kind, n in counts.items()]
-    for engine, title in measure.ENGINES.items():
+    rows = [Row(f"parameters, {kind}", "M", None, n / 1e6) for kind, n in counts.items()]
+    for engine, name in measure.ENGINES.items():
         base = seconds[f"{engine} full"]
         for kind in counts:
             millis = measure.median_ms(seconds[f"{engine} {kind}"])
-            rows.append(Row(f"latency, {kind}, {title}", "ms", None, millis))
+            rows.append(Row(f"latency, {kind}, {name}", "ms", None, millis))
         low, middle, high = measure.ratio_quartiles(seconds[f"{engine} half"], base)
         note = f"quartiles {low:.2f} - {high:.2f}"
-        rows.append(Row(f"half over full, {title}", "x", None, middle, note=note))
-    rows.append(Row("top-1, full, the claim's data", "%", CLAIMS["full"], None, note=ELSEWHERE))
+        rows.append(Row(f"half over full, {name}", "x", None, middle, note=note))
+    rows.append(Row("top-1, full, the claim's data", "%", FULL, None, note=ELSEWHERE))
     return rows
 
 

@@ -1,47 +1,34 @@
-"""Training of classifiers, and its cache.
+"""Training of classifiers by `glm_edge.distill`, and its cache.
 
-A classifier is a model and a function that applies it. A finished training is stored as a file
-under --out_dir, named by its settings, so that an interrupted script resumes.
+A finished training is stored as a file under --out_dir, named by its settings, so that an
+interrupted script resumes.
 """
 
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from jax import Array
 from safetensors.numpy import load_file, save_file
 
-from experiments.common.training import gradient_step
 from glm_edge import params as boxes
+from glm_edge.compress import Calibration, TrainOptions, distill
 from glm_edge.errors import DataError
 from glm_edge.params.tree import nested
 from glm_edge.writers import write_whole
 
 Variables = dict[str, Any]
-Apply = Callable[[Any, Variables, Array, Array | None], tuple[Array, Variables]]
-CHECKED = 50
+Examples = Mapping[str, np.ndarray]
+Teacher = tuple[Any, Variables]
+Augment = Callable[[Array, Any], Any]
 _SCORED = 512
-
-
-class Classifier(NamedTuple):
-    """A model and the function that applies it; both are hashable.
-
-    Attributes:
-      model: Linen module with a field `config`.
-      apply: function of the model, variables, inputs [B, ...], and a key in training, else None. It
-        returns logits [B, N], and the collections except `params` that training changed.
-    """
-
-    model: Any
-    apply: Apply
 
 
 class Training(NamedTuple):
@@ -49,7 +36,7 @@ class Training(NamedTuple):
 
     Attributes:
       steps: number of optimizer steps.
-      learning_rate: peak learning rate, with warm-up over a tenth of the steps and cosine decay.
+      learning_rate: peak learning rate, see `glm_edge.TrainOptions`.
       batch: examples per step.
       alpha: weight of the teacher's predictions, in 0..1; labels have the weight `1 - alpha`.
       temperature: temperature of both predictions.
@@ -59,184 +46,190 @@ class Training(NamedTuple):
     learning_rate: float = 4e-3
     batch: int = 64
     alpha: float = 0.0
-    temperature: float = 4.0
+    temperature: float = 2.0
+
+
+class Draws(Sequence):
+    """Batches of examples, one per step, that contain each example once before any is repeated.
+
+    Args:
+      examples: arrays [E, ...] by name.
+      training: number and size of the batches.
+      seed: seed of the order.
+    """
+
+    def __init__(self, examples: Examples, training: Training, seed: int):
+        self._examples = examples
+        count = len(examples["labels"])
+        drawn = training.steps * training.batch
+        rng = np.random.default_rng(seed)
+        order = np.concatenate([rng.permutation(count) for _ in range(-(-drawn // count))])
+        self._rows = order[:drawn].reshape(training.steps, training.batch)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {name: array[self._rows[index]] for name, array in self._examples.items()}
 
 
 def train(
-    classifier: Classifier,
+    model: Any,
     variables: Variables,
-    inputs: np.ndarray,
-    labels: np.ndarray,
+    examples: Examples,
     training: Training,
     seed: int,
-    targets: np.ndarray | None = None,
+    teacher: Teacher | None = None,
+    augment: Augment | None = None,
 ) -> Variables:
     """Train on examples.
 
     Args:
-      classifier: classifier to train.
+      model: classifier to train.
       variables: initial variables, which are not changed.
-      inputs: examples [E, ...].
-      labels: classes [E] of the examples.
+      examples: inputs [E, ...] and `labels` [E] by name, -1 for an example without a label.
       training: options of the training.
-      seed: seed of the order of examples, and of the random values in `apply`.
-      targets: logits [E, N] of a teacher; None if alpha is zero.
+      seed: seed of the order of examples, and of augmentation.
+      teacher: `(model, variables)`; None if alpha is zero. It reads the same augmented examples.
+      augment: function of a key and a batch; None changes nothing.
 
     Returns:
       The trained variables.
 
     Raises:
-      DataError: the loss is not finite, or a required teacher is missing.
+      DataError: a required teacher is missing.
+      TrainingError: the loss is not finite.
     """
-    if training.alpha and targets is None:
-        raise DataError("training: alpha is above zero, which requires targets of a teacher")
-    count = len(inputs)
-    if targets is None:
-        targets = np.zeros((count, 1), np.float32)
-    rising = max(1, training.steps // 10)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, training.learning_rate, rising, training.steps + 1
+    if training.alpha and teacher is None:
+        raise DataError("training: alpha is above zero, which requires a teacher")
+    transform = distill(
+        teacher if training.alpha else None,
+        alpha=training.alpha,
+        temperature=training.temperature,
+        train=TrainOptions(steps=training.steps, learning_rate=training.learning_rate),
     )
-    rates = np.asarray(schedule(np.arange(1, training.steps + 1)), np.float32)
+    calibration = Calibration(Draws(examples, training, seed), augment=augment)
+    return transform(model, variables, calibration, jax.random.key(seed))[1]
+
+
+def labelled(examples: Examples) -> Examples:
+    """Return the examples that have a label."""
+    chosen = examples["labels"] >= 0
+    return {name: array[chosen] for name, array in examples.items()}
+
+
+def few_labels(examples: Examples, count: int, seed: int) -> Examples:
+    """Keep the labels of some examples, equally many of each class.
+
+    Args:
+      examples: labelled examples.
+      count: number of labels that stay, a multiple of the number of classes.
+      seed: seed of the choice.
+
+    Returns:
+      All examples, with the label -1 for the others.
+
+    Raises:
+      DataError: a class has fewer examples, or the count is not a multiple.
+    """
+    labels = examples["labels"]
+    classes = np.unique(labels)
+    each, remainder = divmod(count, len(classes))
+    sizes = [int(np.sum(labels == label)) for label in classes]
+    if remainder or not each or each > min(sizes):
+        raise DataError(
+            f"{count} labels: must be a multiple of {len(classes)} classes, and at most "
+            f"{min(sizes) * len(classes)}"
+        )
     rng = np.random.default_rng(seed)
-    rounds = -(-training.steps * training.batch // count)
-    order = np.concatenate([rng.permutation(count) for _ in range(rounds)])
-    order = order[: training.steps * training.batch].reshape(training.steps, training.batch)
-    arrays = jax.device_put((inputs, labels, targets))
-    state = _optimizer(0.0).init(variables["params"])
-    shared, losses = training._replace(steps=0, learning_rate=0.0), []
-    for step, (rate, rows) in enumerate(zip(rates, order, strict=True), start=1):
-        drawn = np.uint32([seed, step])
-        variables, state, loss = _step(
-            classifier, shared, variables, state, rate, drawn, rows, *arrays
-        )
-        losses.append(loss)
-        if step % CHECKED == 0 or step == training.steps:
-            finite = np.isfinite(jax.device_get(losses))
-            if not finite.all():
-                first = step - len(finite) + 1 + int(np.argmin(finite))
-                raise DataError(
-                    f"training: the loss is not finite at step {first}; use a lower learning rate"
-                )
-            losses = []
-    return variables
+    stay = [rng.permutation(np.flatnonzero(labels == label))[:each] for label in classes]
+    few = np.full_like(labels, -1)
+    few[np.concatenate(stay)] = labels[np.concatenate(stay)]
+    return {**examples, "labels": few}
 
 
-def _optimizer(rate: Array | float) -> optax.GradientTransformation:
-    clipping, adam = optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98)
-    return optax.chain(clipping, adam, optax.scale_by_learning_rate(rate))
-
-
-# Not a scan: on CPU, XLA compiles convolutions within a loop to code that is many times slower.
-@functools.partial(jax.jit, static_argnames=("classifier", "training"))
-def _step(
-    classifier: Classifier,
-    training: Training,
-    variables: Variables,
-    state: optax.OptState,
-    rate: Array,
-    drawn: Array,
-    rows: Array,
-    inputs: Array,
-    labels: Array,
-    targets: Array,
-) -> tuple[Variables, optax.OptState, Array]:
-    key = jax.random.wrap_key_data(drawn)
-
-    def loss(params: Variables) -> tuple[Array, Variables]:
-        logits, changed = classifier.apply(
-            classifier.model, {**variables, "params": params}, inputs[rows], key
-        )
-        return _loss(logits, labels[rows], targets[rows], training), changed
-
-    params, state, value, changed = gradient_step(
-        loss, _optimizer(rate), variables["params"], state
-    )
-    return {**variables, **changed, "params": params}, state, value
-
-
-def _loss(logits: Array, labels: Array, targets: Array, training: Training) -> Array:
-    """Compute a mix of cross-entropy with labels and `T^2 KL(teacher at T || student at T)`."""
-    hard = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    if not training.alpha:
-        return hard
-    teacher = jax.nn.log_softmax(targets / training.temperature)
-    student = jax.nn.log_softmax(logits / training.temperature)
-    soft = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1).mean()
-    return training.alpha * training.temperature**2 * soft + (1.0 - training.alpha) * hard
-
-
-def logits_of(classifier: Classifier, variables: Variables, inputs: np.ndarray) -> np.ndarray:
-    """Compute logits of all inputs, float32 [E, N]."""
-    parts = []
-    for start in range(0, len(inputs), _SCORED):
-        part = inputs[start : start + _SCORED]
-        padded = np.resize(part, (min(_SCORED, len(inputs)), *part.shape[1:]))
-        parts.append(np.asarray(_logits(classifier, variables, padded))[: len(part)])
+def logits_of(model: Any, variables: Variables, examples: Examples) -> np.ndarray:
+    """Compute logits of all examples, float32 [E, N]."""
+    inputs = {name: array for name, array in examples.items() if name != "labels"}
+    count = len(next(iter(inputs.values())))
+    size, parts = min(_SCORED, count), []
+    for start in range(0, count, size):
+        part = {name: array[start : start + size] for name, array in inputs.items()}
+        # All parts have one shape, so that one program is compiled.
+        padded = {name: np.resize(array, (size, *array.shape[1:])) for name, array in part.items()}
+        parts.append(np.asarray(_logits(model, variables, padded))[: count - start])
     return np.concatenate(parts)
 
 
-@functools.partial(jax.jit, static_argnames="classifier")
-def _logits(classifier: Classifier, variables: Variables, inputs: Array) -> Array:
-    return classifier.apply(classifier.model, variables, inputs, None)[0]
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(model: Any, variables: Variables, batch: dict[str, Array]) -> Array:
+    return model.apply(variables, batch, method="classify")
 
 
-def cached_training(
-    directory: Path, name: str, settings: dict[str, Any], make: Callable[[], Variables]
+def accuracy(model: Any, variables: Variables, examples: Examples) -> float:
+    """Compute the top-1 accuracy on labelled examples in percent."""
+    classes = logits_of(model, variables, examples).argmax(-1)
+    return 100.0 * float(np.mean(classes == examples["labels"]))
+
+
+def trained(
+    directory: Path,
+    name: str,
+    model: Any,
+    examples: Examples,
+    training: Training,
+    seed: int,
+    start: Variables | None = None,
+    teacher: Teacher | None = None,
+    augment: Augment | None = None,
 ) -> Variables:
-    """Load the variables of an earlier run, or store those that `make` returns.
+    """Train a classifier, or load that of an earlier run; see `train`.
 
     Args:
       directory: directory of the table, whose folder `runs` contains the files.
       name: readable name of the run.
-      settings: everything that the result depends on, as JSON or printable values.
-      make: function that trains.
+      model: model of the classifier.
+      examples: see `train`.
+      training: options of the training.
+      seed: seed of the initial variables without `start`, and of the order of examples.
+      start: initial variables.
+      teacher: `(model, variables)`, unused if alpha is zero.
+      augment: function of a key and a batch.
 
     Returns:
-      The variables.
+      The trained variables.
     """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    parts = {"examples": examples, "start": start, "teacher": teacher and teacher[1]}
+    settings = {
+        "config": repr(model.config),
+        "training": training._asdict(),
+        "seed": seed,
+        "augment": augment and f"{augment.__module__}.{augment.__qualname__}",
+        **{key: None if value is None else fingerprint(value) for key, value in parts.items()},
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     path = directory / "runs" / f"{name}_{digest.hexdigest()[:12]}.safetensors"
     if path.exists():
         logging.info("%s: found %s", name, path)
         return jax.tree.map(jnp.asarray, nested(load_file(path)))
     logging.info("%s: training", name)
-    variables = make()
+    begin = fresh(model, examples, seed) if start is None else start
+    variables = train(model, begin, examples, training, seed, teacher, augment)
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {p: np.asarray(leaf) for p, leaf in boxes.path_items(variables)}
     write_whole(path, lambda file: save_file(arrays, file))
     return variables
 
 
-def settings(
-    model: Any,
-    data: Any,
-    training: Training,
-    seed: int,
-    start: Variables | None = None,
-    targets: np.ndarray | None = None,
-) -> dict[str, Any]:
-    """Return everything that the result of a training depends on, for `cached_training`.
+def fresh(model: Any, examples: Examples, seed: int) -> Variables:
+    """Return initial variables."""
+    row = {name: array[:1] for name, array in examples.items() if name != "labels"}
+    return _initial(model, jax.random.key(seed), row)
 
-    Args:
-      model: model of the classifier.
-      data: JSON value that identifies the examples.
-      training: options of the training.
-      seed: seed of the initial variables and of the order.
-      start: initial variables, or None.
-      targets: logits of a teacher, or None.
 
-    Returns:
-      The settings, with fingerprints of arrays.
-    """
-    options = {"start": start, "targets": targets}
-    return {
-        "config": repr(model.config),
-        "data": data,
-        "training": training._asdict(),
-        "seed": seed,
-        **{key: None if value is None else fingerprint(value) for key, value in options.items()},
-    }
+@functools.partial(jax.jit, static_argnames="model")
+def _initial(model: Any, key: Array, batch: dict[str, Array]) -> Variables:
+    return model.init(key, batch, method="classify")
 
 
 def fingerprint(tree: Any) -> str:

@@ -12,10 +12,13 @@ from jax import Array
 
 from experiments.nano.phone_screens import digits as mnist
 from experiments.tables import learning
-from experiments.tables.learning import Classifier, Training, Variables
+from experiments.tables.learning import Examples, Training, Variables
 from glm_edge.compress import prune
 from glm_edge.errors import require
 from glm_edge.models.cnn import CNN, preset
+
+# Largest shift as a fraction of the side; standard deviations of angle, scale and noise.
+SHIFT, ANGLE, SCALE, NOISE = 0.15, 0.12, 0.08, 0.03
 
 flags.disclaim_key_flags()
 
@@ -33,6 +36,24 @@ class Digits(NamedTuple):
     def size(self) -> tuple[int, int, int]:
         """`(H, W, 1)`."""
         return self.train_images.shape[1:]
+
+    @property
+    def train(self) -> Examples:
+        """Training part."""
+        return {"images": self.train_images, "labels": self.train_labels}
+
+    @property
+    def test(self) -> Examples:
+        """Test part."""
+        return {"images": self.test_images, "labels": self.test_labels}
+
+    def for_tuning(self) -> "Digits":
+        """Split the training part: four fifths to train, the last fifth in place of the test."""
+        cut = len(self.train_labels) * 4 // 5
+        images, labels = self.train_images, self.train_labels
+        return Digits(
+            f"{self.name}, tuning", images[:cut], labels[:cut], images[cut:], labels[cut:]
+        )
 
 
 def define_flags() -> None:
@@ -76,42 +97,27 @@ def classifier(name: str, data: Digits) -> CNN:
     return CNN(dataclasses.replace(preset(name), image_size=data.size))
 
 
-def _apply(
-    model: CNN, variables: Variables, images: Array, key: Array | None
-) -> tuple[Array, Variables]:
-    if key is None:
-        return model.apply(variables, images)[0], {}
-    (logits, _), updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    return logits, {"batch_stats": updated["batch_stats"]}
+def jitter(key: Array, batch: dict[str, Array]) -> dict[str, Array]:
+    """Shift, rotate and scale each image [B, H, W, 1] at random, and add noise."""
+    images = batch["images"]
+    rows, height, width, _ = images.shape
+    shift, angle, scale, noise = jax.random.split(key, 4)
+    shifts = SHIFT * height * jax.random.uniform(shift, (rows, 2), minval=-1.0, maxval=1.0)
+    angles = ANGLE * jax.random.normal(angle, (rows,))
+    scales = jnp.exp(SCALE * jax.random.normal(scale, (rows,)))
+    middle = jnp.array([height - 1, width - 1]) / 2.0
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), axis=-1)
 
+    def moved(image: Array, shift: Array, angle: Array, scale: Array) -> Array:
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        turn = scale * jnp.array([[cos, -sin], [sin, cos]])
+        read = (grid - middle) @ turn.T + middle + shift
+        # Positions outside the image read 0.
+        return jax.scipy.ndimage.map_coordinates(image[..., 0], (read[..., 0], read[..., 1]), 1)
 
-def fresh(model: CNN, seed: int) -> Variables:
-    """Return initial variables."""
-    images = jnp.zeros((1, *model.config.image_size))
-    return jax.jit(model.init)(jax.random.key(seed), images)
-
-
-def train(
-    model: CNN,
-    variables: Variables,
-    data: Digits,
-    training: Training,
-    seed: int,
-    targets: np.ndarray | None = None,
-) -> Variables:
-    """Train on the training images; see `learning.train`."""
-    examples = data.train_images, data.train_labels
-    return learning.train(Classifier(model, _apply), variables, *examples, training, seed, targets)
-
-
-def logits_of(model: CNN, variables: Variables, images: np.ndarray) -> np.ndarray:
-    """Compute logits of all images, float32 [E, N]."""
-    return learning.logits_of(Classifier(model, _apply), variables, images)
-
-
-def accuracy(model: CNN, variables: Variables, data: Digits) -> float:
-    """Return the top-1 accuracy on test images in percent."""
-    return percent_right(logits_of(model, variables, data.test_images).argmax(-1), data)
+    drawn = jax.vmap(moved)(images, shifts, angles, scales)[..., None]
+    drawn = jnp.clip(drawn + NOISE * jax.random.normal(noise, images.shape), 0.0, 1.0)
+    return {**batch, "images": drawn}
 
 
 def percent_right(classes: np.ndarray, data: Digits) -> float:
@@ -119,47 +125,11 @@ def percent_right(classes: np.ndarray, data: Digits) -> float:
     return 100.0 * float(np.mean(classes == data.test_labels))
 
 
-def trained(
-    directory: Path,
-    name: str,
-    model: CNN,
-    data: Digits,
-    training: Training,
-    seed: int,
-    start: Variables | None = None,
-    targets: np.ndarray | None = None,
-) -> Variables:
-    """Train a classifier, or load that of an earlier run; see `train`.
-
-    Args:
-      directory: directory of the table.
-      name: name of the run.
-      model: model of the classifier.
-      data: the digits.
-      training: options of the training.
-      seed: seed of the initial variables without `start`, and of the order of images.
-      start: initial variables.
-      targets: logits of a teacher.
-
-    Returns:
-      The trained variables.
-    """
-    examples = [data.name, len(data.train_images)]
-
-    def make() -> Variables:
-        begin = fresh(model, seed) if start is None else start
-        return train(model, begin, data, training, seed, targets)
-
-    settings = learning.settings(model, examples, training, seed, start, targets)
-    return learning.cached_training(directory, name, settings, make)
-
-
 class Pruned(NamedTuple):
-    """A model trained on digits, its logits on the training images, and its pruned form."""
+    """A model trained on digits, and its pruned form without healing."""
 
     model: CNN
     dense: Variables
-    targets: np.ndarray
     small: CNN
     small_variables: Variables
 
@@ -175,10 +145,9 @@ def pruned(directory: Path, data: Digits, seed: int, steps: int, fraction: float
       fraction: fraction of hidden channels to remove, in 0..1.
 
     Returns:
-      Both models, without healing.
+      Both models.
     """
     model = classifier("mobilenet_v2_digits", data)
-    dense = trained(directory, f"dense_{seed}", model, data, Training(steps), seed)
-    targets = logits_of(model, dense, data.train_images)
+    dense = learning.trained(directory, f"dense_{seed}", model, data.train, Training(steps), seed)
     small, small_variables, _ = prune.channels(fraction)(model, dense)
-    return Pruned(model, dense, targets, small, small_variables)
+    return Pruned(model, dense, small, small_variables)

@@ -1,5 +1,6 @@
 """Calibration batches of any shape, with the functions that run a model on them."""
 
+import dataclasses
 import inspect
 import itertools
 import re
@@ -22,6 +23,7 @@ from glm_edge.params.tree import Params
 INPUTS = ("images", "audio")
 
 Apply = Callable[[nn.Module, Mapping[str, Any], Any], Any]
+Augment = Callable[[Array, Any], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,9 @@ class Calibration:
         distillation (`alpha` below 1).
       variables: collections besides `params` that are passed in `variables`, such as
         `{"batch_stats": ...}`; they are not updated.
+      augment: function `augment(key, batch)` that returns a random variant of a batch with the same
+        shapes. Distillation and quantization-aware training apply it to each batch that they read,
+        once for student and teacher. The key depends on `rng` and the number of the batch.
 
     Raises:
       DataError: `batches` is a single batch or an iterator, or a function has a wrong signature.
@@ -60,6 +65,7 @@ class Calibration:
     apply: Apply | None = None
     loss: Apply | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         check_list(self.batches, "Calibration: batches")
@@ -67,13 +73,8 @@ class Calibration:
             raise DataError(
                 "Calibration: batches is an iterator that can be read only once; pass a list"
             )
-        for name in ("apply", "loss"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise DataError(
-                    f"Calibration: {name} must be callable as {name}(model, variables, batch), not "
-                    f"{type(getattr(self, name)).__name__}"
-                )
-            _check_arguments(name, getattr(self, name))
+        for name, arguments in _ARGUMENTS.items():
+            _check_callable(name, arguments, getattr(self, name))
         if not isinstance(self.variables, Mapping) or "params" in self.variables:
             raise DataError(
                 "Calibration: variables must be a mapping of collections besides 'params', such as "
@@ -101,21 +102,30 @@ def check_list(batches: Any, name: str) -> None:
         raise DataError(f"{name} must be a list of batches, not a single batch; pass [batch]")
 
 
-def _check_arguments(name: str, function: Callable[..., Any] | None) -> None:
+_ARGUMENTS = {
+    "apply": ("model", "variables", "batch"),
+    "loss": ("model", "variables", "batch"),
+    "augment": ("key", "batch"),
+}
+
+
+def _check_callable(
+    name: str, arguments: tuple[str, ...], function: Callable[..., Any] | None
+) -> None:
+    form = f"callable as {name}({', '.join(arguments)})"
     if function is None:
         return
+    if not callable(function):
+        raise DataError(f"Calibration: {name} must be {form}, not {type(function).__name__}")
     try:
         signature = inspect.signature(function)
     # Functions that are not written in Python have no signature.
     except (TypeError, ValueError):
         return
     try:
-        signature.bind(None, None, None)
+        signature.bind(*(None for _ in arguments))
     except TypeError as error:
-        raise DataError(
-            f"Calibration: {name}{signature} must be callable as {name}(model, variables, batch): "
-            f"{error}"
-        ) from error
+        raise DataError(f"Calibration: {name}{signature} must be {form}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -250,7 +260,7 @@ def with_batches(calibration: Any, batches: list[Any]) -> Any:
     """Replace the batches and keep the functions."""
     if not isinstance(calibration, Calibration):
         return batches
-    return Calibration(batches, calibration.apply, calibration.loss, calibration.variables)
+    return dataclasses.replace(calibration, batches=batches)
 
 
 def has_length(calibration: Any) -> bool:
@@ -288,6 +298,13 @@ def to_device(model: Called, batch: Any, where: str) -> dict[str, Any]:
       DataError: a leaf is not a numeric array, or there are no leaves.
     """
 
+    arrays = check_arrays(batch, where)
+    return {"batch": arrays, "variables": jax.tree.map(jnp.asarray, dict(model.variables))}
+
+
+def check_arrays(batch: Any, where: str) -> Any:
+    """Move the arrays of a batch to the device; raise DataError for other leaves, or none."""
+
     def moved(path: Any, leaf: Any) -> Array:
         array = leaf if isinstance(leaf, jax.Array) else _array(leaf)
         if array is None:
@@ -304,7 +321,7 @@ def to_device(model: Called, batch: Any, where: str) -> dict[str, Any]:
     arrays = jax.tree_util.tree_map_with_path(moved, batch)
     if not jax.tree.leaves(arrays):
         raise DataError(f"{where}: the batch contains no array")
-    return {"batch": arrays, "variables": jax.tree.map(jnp.asarray, dict(model.variables))}
+    return arrays
 
 
 def _array(leaf: Any) -> np.ndarray | None:

@@ -59,6 +59,7 @@ class Reparameterize(LayerwiseTransform):
     exact: ClassVar[bool] = True
     rounds: ClassVar[bool] = False
     needs_model: ClassVar[bool] = True
+    takes_variables: ClassVar[bool] = True
 
     def compress_stage(self, work: StageContext) -> Replaced:
         replaced: dict[str, Any] = {}

@@ -131,12 +131,15 @@ class Transform:
       called: name of the factory; equal to `name`, unless the name depends on options.
       exact: True if the model's function is unchanged.
       needs_model: True if the transform needs the model, not only parameters.
+      takes_variables: True if `params` may be a model's variables, with collections such as
+        `batch_stats` beside the parameters.
     """
 
     name: ClassVar[str] = ""
     called: ClassVar[str] = ""
     exact: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
+    takes_variables: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the types of all fields; raise RecipeError for a wrong one."""
@@ -218,12 +221,10 @@ class Transform:
         _check_arguments(self.name, model, params)
         if model is None:
             _check_without_model(self, calibration)
-        if calibration is not None and isinstance(params.get("params"), Mapping):
-            others = ", ".join(sorted(set(params) - {"params"})) or "none other"
-            raise RecipeError(
-                f"{self.name}: params contains collections (params and {others}); pass "
-                "variables['params'], and the others by Calibration(batches, variables=...)"
-            )
+        if calibration is not None:
+            for step in self.steps_in_order:
+                if not step.takes_variables:
+                    check_params_alone(step.name, params)
         context = Context(calibration, rng, (model, params), progress, tuple(without))
         with shared_steps():
             model, changed, report = self.apply(model, params, context)
@@ -270,6 +271,16 @@ def _check_arguments(name: str, model: Any, params: Any) -> None:
     for path, leaf in path_items(params):
         if not is_box(leaf) and not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             raise RecipeError(f"{form}; params/{path} is {type(leaf).__name__}, not an array")
+
+
+def check_params_alone(name: str, params: Params) -> None:
+    """Check that `params` has no further collections; raise RecipeError otherwise."""
+    if isinstance(params.get("params"), Mapping):
+        others = ", ".join(sorted(set(params) - {"params"})) or "none other"
+        raise RecipeError(
+            f"{name}: params contains collections (params and {others}); pass "
+            "variables['params'], and the others by Calibration(batches, variables=...)"
+        )
 
 
 def _is_of_nnx(value: Any) -> bool:

@@ -297,6 +297,15 @@ class CNN(nn.Module):
         logits = Linear(self.config.num_classes, use_bias=True, name="classifier")(pooled)
         return logits, {"hidden": hidden, "pooled": pooled}
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self.config.num_classes
+
+    def classify(self, batch: Mapping[str, Array], train: bool = False) -> Array:
+        """Compute logits [B, N] of a batch with `images` [B, H, W, C]."""
+        return self(batch["images"], train)[0]
+
 
 def _blocks(config: CNNConfig, deploy: bool) -> list[nn.Module]:
     """Create the blocks between stem and head, named `blocks_<i>` within the calling module."""

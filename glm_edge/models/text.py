@@ -1,5 +1,6 @@
 """A bidirectional text encoder: BERT, or DistilBERT without token types."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -117,3 +118,15 @@ class TextEncoder(nn.Module):
         if not self.config.num_labels:
             return x, intermediates
         return self.classifier(first), intermediates
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for an encoder without labels."""
+        return self.config.num_labels
+
+    def classify(self, batch: Mapping[str, Array], train: bool = False) -> Array:
+        """Compute logits [B, N] of a batch with `tokens`, and optional `valid` and `token_types`.
+
+        Training does not change the encoder's function, so `train` has no effect.
+        """
+        return self(batch["tokens"], batch.get("valid"), batch.get("token_types"))[0]

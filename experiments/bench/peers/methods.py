@@ -6,6 +6,7 @@ from typing import Any
 
 DECODER = r"^decoder/"
 OURS, REFERENCE = "ours", "reference"
+ALONE = "labels alone"
 # The rows of glm_edge that answer peers' rows, fixed before measuring: GPTQ with the same options
 # for all formats but the kind of scale at two bits, and the trained rows for trained peers.
 ANSWERS = {
@@ -141,7 +142,9 @@ def _reordered(shape: str, group_size: int) -> Method:
     return ours(f"reorder, gptq {shape}", reorder, gptq)
 
 
-def _rotated(shape: str, *after: dict[str, Any], kind: str = "training-free") -> Method:
+def _rotated(
+    shape: str, *after: dict[str, Any], kind: str = "training-free", label: str = ""
+) -> Method:
     """List glm_edge's GPTQ after a rotation, also with training after it."""
     transforms = [
         {"name": "quantize.rotate", "options": {}},
@@ -150,19 +153,31 @@ def _rotated(shape: str, *after: dict[str, Any], kind: str = "training-free") ->
     ]
     names = ", ".join(transform["name"].removeprefix("quantize.") for transform in transforms)
     recipe = {"name": "chain", "options": {"transforms": transforms}}
-    return Method(f"glm_edge {names} {shape}", OURS, recipe, kind, calibration="both")
+    return Method(f"glm_edge {names} {shape}{label}", OURS, recipe, kind, calibration="both")
 
 
 def _trained() -> list[Method]:
-    """List glm_edge's distillation from the float32 model, without labels."""
+    """List glm_edge's distillation from the float32 model without labels, and labels alone.
+
+    The two have the same batches, steps and schedule. The last row trains the float32 model
+    likewise, which cannot learn from itself.
+    """
     rows = []
-    for shape in _TRAINED:
-        options = {**_SHAPES[shape], "steps": 1000, "learning_rate": 6e-4, "compute": "bfloat16"}
-        step = {"name": "quantize.qat", "options": options}
-        rows.append(ours(f"qat {shape}", step, kind="trained", calibration="training"))
+    training = {"steps": 1000, "learning_rate": 6e-4, "compute": "bfloat16"}
+    for label, objective in (("", {}), (f", {ALONE}", {"alpha": 0.0})):
+        for shape in _TRAINED:
+            step = {"name": "quantize.qat", "options": {**_SHAPES[shape], **training, **objective}}
+            rows.append(ours(f"qat {shape}{label}", step, kind="trained", calibration="training"))
+        options = {"where": DECODER, "steps": 200, **objective}
+        scales = {"name": "quantize.distill_scales", "options": options}
+        rows += [
+            _rotated(shape, scales, kind="trained", label=label)
+            for shape in ("int4-g32", "int3-g32")
+        ]
     rows.append(ours("catq ternary-g32", _CATQ, kind="trained"))
-    scales = {"name": "quantize.distill_scales", "options": {"where": DECODER, "steps": 200}}
-    return [*rows, *(_rotated(shape, scales, kind="trained") for shape in ("int4-g32", "int3-g32"))]
+    step = {"name": "distill", "options": {**training, "alpha": 0.0}}
+    name = f"nothing quantized, trained likewise, {ALONE}"
+    return [*rows, ours(name, step, kind="trained", calibration="training")]
 
 
 def _qwix() -> list[Method]:

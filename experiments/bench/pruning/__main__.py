@@ -16,8 +16,9 @@ from the arrays, and the rest is healed by distillation. All methods calibrate o
 --calibration_windows of text, see `experiments.bench.quality`, and --calibration_screens. Healing
 uses --training_windows of the texts, and screens with half of the questions spoken: a fifth of the
 batches under a mask, two fifths after a removal. Screens, digits, speakers and text differ from
-those of the measurement. Labels are a tenth of the healing loss, so the row
-`nothing removed, trained likewise` shows the effect of more training alone.
+those of the measurement. Labels are a tenth of the healing loss. Beside each distilled row, a row
+of labels alone has the same batches, steps and schedule. The rows `nothing removed, trained
+likewise` show the effect of more training alone.
 
 Bytes are those of the stored decoder including masks; a mask alone saves none. With --speed_shape,
 the same heads and neurons are removed from that shape with random weights. Both models are written
@@ -45,7 +46,7 @@ from experiments.bench import quality as bench_quality
 from experiments.bench.peers.comparison import with_intervals, without_windows
 from experiments.bench.peers.methods import Method
 from experiments.bench.peers.scoring import Scorer
-from experiments.bench.peers.table import cells, titles
+from experiments.bench.peers.table import PERCENT_INTERVAL, cells, titles
 from experiments.bench.pruning import rows, show, speed, work
 from experiments.common.child import ChildError
 from glm_edge.cli import corpora
@@ -172,9 +173,15 @@ def conclude(directory: Path, results: Path, methods: Sequence[Method]) -> None:
             for g in goals
         ],
     )
-    text = f"{table}\n\n{show.FOOTNOTE}\n\n{reached}\n"
+    gains = show.gains(results_rows)
+    changes = text_table(
+        ["perplexity, distilled over labels alone", "domain", "change"],
+        [[g["row"], g["domain"], PERCENT_INTERVAL.format(g["change"])] for g in gains],
+    )
+    text = f"{table}\n\n{show.FOOTNOTE}\n\n{changes}\n\n{reached}\n"
     report = {
         "goals": goals,
+        "gains": gains,
         "speed": times,
         "rows": [without_windows(row) for row in results_rows],
     }

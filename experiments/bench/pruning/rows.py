@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from experiments.bench.peers.methods import DECODER, OURS, REFERENCE, Method
+from experiments.bench.peers.methods import ALONE, DECODER, OURS, REFERENCE, Method
 
 RESTATED = "sparsity"
 HALF, TWO_OF_FOUR, SMALLER = "50 %", "2:4", "30 %"
 TRAINS = r"^(decoder|embed|head)/"
+DISTILLED = "distilled"
+NOTHING = "nothing removed, trained likewise"
 # Fractions to remove from each decoder layer, which remove at least 30 % of its parameters.
 HEADS, NEURONS = 0.25, 0.345
 # Share of screens in healing after a removal, which affects taps more than text.
@@ -17,9 +19,12 @@ LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9)
 def methods(steps: int, sparse_steps: int) -> tuple[Method, ...]:
     """Return all rows.
 
+    Beside each distilled row is a row of labels alone, and beside these the same trainings of the
+    model without pruning. All have the same batches, steps and schedule.
+
     Args:
-      steps: steps of distillation after a removal.
-      sparse_steps: steps of distillation under a mask.
+      steps: training steps after a removal.
+      sparse_steps: training steps under a mask.
     """
     pruned = structured()
     return (
@@ -27,11 +32,11 @@ def methods(steps: int, sparse_steps: int) -> tuple[Method, ...]:
         Method("fp32 again", REFERENCE, kind="none"),
         *_restated(),
         *_masked(),
-        _ours(f"sparsegpt {HALF}, distilled", half(), heal(sparse_steps)),
-        _ours(f"sparsegpt {TWO_OF_FOUR}, distilled", sparse("2:4"), heal(sparse_steps)),
+        *_healed(f"sparsegpt {HALF}", half(), heal(sparse_steps)),
+        *_healed(f"sparsegpt {TWO_OF_FOUR}", sparse("2:4"), heal(sparse_steps)),
         _ours(f"heads and neurons {SMALLER}", pruned),
-        _ours(f"heads and neurons {SMALLER}, distilled", pruned, heal(steps, mixture=MIXTURE)),
-        _ours("nothing removed, trained likewise", None, heal(steps, mixture=MIXTURE)),
+        *_healed(f"heads and neurons {SMALLER}", pruned, heal(steps, mixture=MIXTURE)),
+        *_healed(NOTHING, None, heal(steps, mixture=MIXTURE)),
     )
 
 
@@ -72,6 +77,16 @@ def half() -> dict[str, Any]:
 def _ours(name: str, prune: dict[str, Any] | None, healing: dict[str, Any] | None = None) -> Method:
     kind, calibration = ("trained", "training") if healing else ("training-free", "both")
     return Method(f"glm_edge {name}", OURS, {"prune": prune, "heal": healing}, kind, calibration)
+
+
+def _healed(name: str, prune: dict[str, Any] | None, healing: dict[str, Any]) -> list[Method]:
+    """Return a distilled row, and the row of labels alone."""
+    # The row without pruning had its name before there were two.
+    first = name if prune is None else f"{name}, {DISTILLED}"
+    return [
+        _ours(first, prune, healing),
+        _ours(f"{name}, {ALONE}", prune, {**healing, "alpha": 0.0}),
+    ]
 
 
 def _masked() -> list[Method]:

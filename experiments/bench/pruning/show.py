@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.peers.methods import OURS, REFERENCE
+from experiments.bench.peers.comparison import with_intervals
+from experiments.bench.peers.methods import ALONE, OURS, REFERENCE
 from experiments.bench.peers.table import FLOOR, Columns, text_columns
-from experiments.bench.pruning.rows import HALF, SMALLER, TWO_OF_FOUR
+from experiments.bench.pruning.rows import DISTILLED, HALF, SMALLER, TWO_OF_FOUR
 from experiments.nano.phone_screens import metrics
 from glm_edge.errors import require
 
@@ -95,6 +96,7 @@ def goals(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) ->
             observed <= wanted,
         )
     trained = [row for row in rows if row["peer"] == OURS and row["kind"] == "trained"]
+    trained = [row for row in trained if not row["method"].endswith(ALONE)]
     best = {part: _best([row for row in trained if part in row["method"]]) for part in MOST}
     for part, row in best.items():
         if row:
@@ -115,6 +117,28 @@ def goals(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) ->
     if speed:
         observed = speed["speedup"][1]
         add(f"{SMALLER}: speed", speed["shape"], LEAST_SPEED, observed, observed >= LEAST_SPEED)
+    return table
+
+
+def gains(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Compare each distilled row with the row of labels alone, on the same windows.
+
+    Args:
+      rows: results with values per window.
+
+    Returns:
+      `row`, `domain`, and the relative change of perplexity by distillation, `change`, as an
+      interval `[low, value, high]` (95 %, bootstrap over windows); negative values favour
+      distillation. Rows without a partner are skipped.
+    """
+    by_name = {row["method"]: row for row in rows}
+    table = []
+    for row in rows:
+        alone = by_name.get(f"{row['method'].removesuffix(f', {DISTILLED}')}, {ALONE}")
+        if alone is None or alone is row:
+            continue
+        for domain, scores in with_intervals(row["text"], alone["text"]).items():
+            table.append({"row": row["method"], "domain": domain, "change": scores["increase"]})
     return table
 
 

@@ -99,7 +99,8 @@ class Worker:
             state = str(self.directory / f"{slug}-{zlib.crc32(options):08x}")
             recipe = {"name": "distill", "options": {**heal, "state_dir": state}}
             transform = ge.recipe_from_json(json.dumps(recipe))
-            transform = dataclasses.replace(transform, teacher=self.dense)
+            if transform.alpha:
+                transform = dataclasses.replace(transform, teacher=self.dense)
             context = Context(self.training, self._key, self.dense, progress())
             model, params, report = transform.apply(model, params, context)
             notes += report.notes

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from glm_edge import params as boxes
+from glm_edge.compress.distill.classifier import is_classifier, variables_of
 from glm_edge.compress.distill.loop import train
 from glm_edge.compress.distill.options import (
     DistillOptions,
@@ -21,7 +22,15 @@ from glm_edge.compress.distill.options import (
 )
 from glm_edge.compress.options import TrainOptions
 from glm_edge.compress.report import Report, Row
-from glm_edge.compress.transform import ARRAYS, Context, Result, Transform, check_pattern, register
+from glm_edge.compress.transform import (
+    ARRAYS,
+    Context,
+    Result,
+    Transform,
+    check_params_alone,
+    check_pattern,
+    register,
+)
 from glm_edge.errors import RecipeError
 from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
@@ -36,9 +45,19 @@ class Distill(Transform):
     trained parameters are those of `glm_edge.params.partition`, in float32.
 
     Any module can be trained whose logits are [B, T, V], predictions of the next token at every
-    position; the tokens are the labels. A classifier, with logits [B, N], trains with a
-    `glm_edge.Calibration`. Its `apply` gives the logits, which all have equal weight, and its
-    `loss` the labels' part, which `alpha=1` does not need. The teacher runs by the same functions.
+    position; the tokens are the labels.
+
+    A classifier, with logits [B, N], is a module with `num_classes` and a method
+    `classify(batch, train)`, such as `glm_edge.models.cnn.CNN` and a `TextEncoder` with labels. Its
+    batches are dicts of the inputs with `labels` [B] (-1 or none: the row learns from the teacher
+    only) and `weights` [B], both optional. If it has collections such as `batch_stats`, `params`
+    are its variables: training updates the student's, the teacher uses its own. Any other
+    classifier trains with a `glm_edge.Calibration`. Its `apply` gives the logits, which all have
+    equal weight, and its `loss` the labels' part, which `alpha=1` does not need. The teacher runs
+    by the same functions.
+
+    `glm_edge.Calibration(batches, augment=...)` varies each batch once for student and teacher.
+    `alpha=0` fine-tunes on labels alone and needs no teacher.
 
     Under `glm_edge.params.sharding.on(mesh)`, with parameters on that mesh, training runs on all
     its devices. Parameters, gradients and the optimizer's moments are sharded alike.
@@ -47,7 +66,8 @@ class Distill(Transform):
         model, params, report = recipe(model, params, calibration=batches)
 
     Attributes:
-      teacher: `(model, params)`; None is the model that the chain was given.
+      teacher: `(model, params)`; None is the model that the chain was given, or no teacher if
+        nothing weighs it (`alpha=0`).
       train: steps, learning rate and the like, see `glm_edge.TrainOptions`.
       temperature: `T`, softens both predictions.
       alpha: weight of the teacher, in 0..1; the labels have `1 - alpha`.
@@ -67,11 +87,12 @@ class Distill(Transform):
 
     Raises:
       RecipeError: an option has no meaning; on call, there is no teacher, its vocabulary differs,
-        student or teacher is a classifier without `Calibration`, every parameter is frozen, or a
-        model lacks a layer or a token.
+        one of student and teacher is a classifier, every parameter is frozen, or a model lacks a
+        layer, a token or a collection.
       TrainingError: the loss or its gradient is not finite; the error holds the step, and the
         parameters before it.
-      DataError: calibration is missing or not a batch, or lacks a kind of `mixture`.
+      DataError: calibration is missing or not a batch, lacks a kind of `mixture`, or has no labels
+        and `alpha` is 0.
       OutputError: `state_dir` cannot be written, or holds the state of other arguments.
 
     References:
@@ -80,6 +101,7 @@ class Distill(Transform):
     """
 
     needs_model: ClassVar[bool] = True
+    takes_variables: ClassVar[bool] = True
 
     teacher: tuple[nn.Module, Params] | None = field(default=None, kw_only=False, metadata=ARRAYS)
     train: TrainOptions = TrainOptions()
@@ -115,14 +137,15 @@ class Distill(Transform):
         return DistillOptions(**{name: getattr(self, name) for name in names})
 
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
-        if self.teacher is None and context.original[1] is params:
-            raise RecipeError(
-                "distill: the model would be its own teacher; pass teacher=(model, params), or put "
-                "distill after a transform in a chain"
-            )
-        teacher = self.teacher or context.original
-        trainable, frozen = split(params, self.where)
-        trained, curve, notes = train(
+        teacher = self._teacher(params, context)
+        weights = params
+        collections: Params = {}
+        if is_classifier(model):
+            weights, collections = variables_of(params)
+        else:
+            check_params_alone(self.name, params)
+        trainable, frozen = split(weights, self.where)
+        trained = train(
             self.name,
             model,
             trainable,
@@ -131,11 +154,27 @@ class Distill(Transform):
             self.train,
             context,
             options=self._options,
+            collections=collections,
         )
-        healed = boxes.combine(trained, frozen)
-        row = row_of(self.name, f"trained {self.train.steps} steps", trainable, trained)
-        notes += _widened(trainable)
-        return model, healed, Report.of([row], params, healed, curve=curve, notes=notes)
+        healed = boxes.combine(trained.trainable, frozen)
+        if weights is not params:
+            healed = {"params": healed, **trained.collections}
+        row = row_of(self.name, f"trained {self.train.steps} steps", trainable, trained.trainable)
+        notes = trained.notes + _widened(trainable)
+        return model, healed, Report.of([row], params, healed, curve=trained.curve, notes=notes)
+
+    def _teacher(self, params: Params, context: Context) -> tuple[nn.Module, Params] | None:
+        """Return the teacher, or None if the loss has no term of it."""
+        if self.teacher is not None:
+            return self.teacher
+        if not self._options.needs_teacher:
+            return None
+        if context.original[1] is params:
+            raise RecipeError(
+                "distill: the model would be its own teacher; pass teacher=(model, params), or put "
+                "distill after a transform in a chain"
+            )
+        return context.original
 
 
 distill = Distill

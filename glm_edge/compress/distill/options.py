@@ -86,6 +86,11 @@ class DistillOptions:
     mixture: tuple[tuple[str, float], ...] | None = None
     on_policy: OnPolicy | None = None
 
+    @property
+    def needs_teacher(self) -> bool:
+        """True if the loss has a term of the teacher."""
+        return self.alpha > 0.0 or self.intermediates is not None or self.on_policy is not None
+
     def check(self, name: str) -> None:
         """Raise RecipeError where an option of the transform `name` has no meaning."""
         if self.temperature <= 0.0:

@@ -11,7 +11,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jaxlib
@@ -137,8 +136,8 @@ class StateDirectory:
 
 def job_of(
     recipe: dict[str, Any],
-    student: tuple[nn.Module, Any],
-    teacher: tuple[nn.Module, Any],
+    student: tuple[Any, Any],
+    teacher: tuple[Any, Any] | None,
     context: Context,
 ) -> dict[str, Any]:
     """List everything that determines the bytes of a training, JSON-ready.
@@ -146,11 +145,11 @@ def job_of(
     Args:
       recipe: options.
       student: `(model, params)`, where params are any tree.
-      teacher: `(model, params)`.
+      teacher: `(model, params)`, or None.
       context: with calibration.
     """
 
-    def described(model: nn.Module, params: Any) -> list[str | None]:
+    def described(model: Any, params: Any) -> list[str | None]:
         config = repr(getattr(model, "config", None))
         return [type(model).__name__, config, getattr(model, "compute", None), digest(params)]
 
@@ -158,7 +157,7 @@ def job_of(
     return {
         "recipe": recipe,
         "student": described(*student),
-        "teacher": described(*teacher),
+        "teacher": teacher and described(*teacher),
         "calibration": calibration_digest(context.batches),
         "rng": None if rng is None else np.asarray(jax.random.key_data(rng)).tolist(),
         "machine": machine(),
@@ -207,6 +206,8 @@ def calibration_digest(calibration: Iterable[Any]) -> str:
     if isinstance(calibration, Calibration):
         parts += [digest(calibration.variables)]
         parts += [_code(function) for function in (calibration.apply, calibration.loss)]
+        if calibration.augment is not None:
+            parts.append(_code(calibration.augment))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

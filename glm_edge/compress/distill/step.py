@@ -13,8 +13,17 @@ from glm_edge import params as boxes
 from glm_edge.compress import batches
 from glm_edge.compress.calibration import Called
 from glm_edge.compress.distill import intermediates as transfer
-from glm_edge.compress.distill.losses import Losses, Objective, called_loss, distillation_loss
+from glm_edge.compress.distill.classifier import Classifier
+from glm_edge.compress.distill.losses import (
+    Losses,
+    Objective,
+    called_loss,
+    classification_loss,
+    distillation_loss,
+)
 from glm_edge.params.tree import Params, path_string
+
+Reader = nn.Module | Called | Classifier
 
 
 class Sums(NamedTuple):
@@ -23,6 +32,23 @@ class Sums(NamedTuple):
     gradient: Params
     losses: Losses
     weight: Array
+
+
+class Extra(NamedTuple):
+    """What a classifier reads besides parameters and batch.
+
+    Attributes:
+      collections: the student's collections, such as `batch_stats`.
+      teacher_collections: the teacher's.
+      key: jax key of the batch, for dropout; None for other models.
+    """
+
+    collections: Params
+    teacher_collections: Params
+    key: Array | None
+
+
+NOTHING = Extra({}, {}, None)
 
 
 def optimizer_of(objective: Objective) -> optax.GradientTransformation:
@@ -39,8 +65,8 @@ def optimizer_of(objective: Objective) -> optax.GradientTransformation:
     donate_argnames=("trainable", "state"),
 )
 def train_step(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: Reader,
+    teacher: Reader | None,
     objective: Objective,
     trainable: Params,
     state: optax.OptState,
@@ -50,28 +76,31 @@ def train_step(
     batch: batches.Batch,
     lr_scale: Params | None = None,
     vocabulary: Array | None = None,
-) -> tuple[Params, optax.OptState, Losses, Array]:
+    extra: Extra = NOTHING,
+) -> tuple[Params, optax.OptState, Losses, Array, Params]:
     """Run one step of the optimizer; compile once per shape of batch.
 
     Returns:
-      `(trainable, state, losses, norm)` with the norm of the gradient. Where the loss or the norm
-      is not finite, the first two are the arguments.
+      `(trainable, state, losses, norm, collections)` with the norm of the gradient and the
+      student's collections after the batch. Where the loss or the norm is not finite, the first
+      two are the arguments.
 
     Raises:
       RecipeError: student and teacher predict different vocabularies.
     """
-    sums = _gradient(
-        student, teacher, objective, trainable, frozen, teacher_params, batch, vocabulary
+    sums, collections = _gradient(
+        student, teacher, objective, trainable, frozen, teacher_params, batch, vocabulary, extra
     )
-    return _descend(objective, trainable, state, rate, sums.gradient, sums.losses, lr_scale)
+    step = _descend(objective, trainable, state, rate, sums.gradient, sums.losses, lr_scale)
+    return *step, collections
 
 
 @functools.partial(
     jax.jit, static_argnames=("student", "teacher", "objective"), donate_argnames=("sums",)
 )
 def add_gradient(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: Reader,
+    teacher: Reader | None,
     objective: Objective,
     sums: Sums | None,
     trainable: Params,
@@ -79,18 +108,22 @@ def add_gradient(
     teacher_params: Params,
     batch: batches.Batch,
     vocabulary: Array | None,
-) -> Sums:
+    extra: Extra = NOTHING,
+) -> tuple[Sums, Params]:
     """Add the gradient and losses of a batch, times its weight, to `sums`; None starts at zero.
+
+    Returns:
+      `(sums, collections)` with the student's collections after the batch.
 
     Raises:
       RecipeError: student and teacher predict different vocabularies.
     """
-    batch_sums = _gradient(
-        student, teacher, objective, trainable, frozen, teacher_params, batch, vocabulary
+    batch_sums, collections = _gradient(
+        student, teacher, objective, trainable, frozen, teacher_params, batch, vocabulary, extra
     )
     gradient, losses = jax.tree.map(lambda part: part * batch_sums.weight, batch_sums[:2])
     added = Sums(gradient, losses, batch_sums.weight)
-    return added if sums is None else jax.tree.map(jnp.add, sums, added)
+    return added if sums is None else jax.tree.map(jnp.add, sums, added), collections
 
 
 @functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("trainable", "state"))
@@ -105,49 +138,53 @@ def apply_gradient(
     """Run one step of the optimizer on the weighted mean over several batches.
 
     Returns:
-      As `train_step`.
+      `(trainable, state, losses, norm)` as `train_step`.
     """
     gradient, losses = jax.tree.map(lambda part: part / sums.weight, sums[:2])
     return _descend(objective, trainable, state, rate, gradient, losses, lr_scale)
 
 
 def _gradient(
-    student: nn.Module | Called,
-    teacher: nn.Module | Called,
+    student: Reader,
+    teacher: Reader | None,
     objective: Objective,
     trainable: Params,
     frozen: Params,
     teacher_params: Params,
     batch: batches.Batch,
     vocabulary: Array | None,
-) -> Sums:
-    """Compute gradient and losses of a batch, and the weight that they are a mean over."""
-    teacher_params = with_shared(teacher_params, frozen)
+    extra: Extra,
+) -> tuple[Sums, Params]:
+    """Compute gradient and losses of a batch, and the student's collections after it."""
     wanted = (objective.hidden > 0.0, objective.attention > 0.0)
-    teacher_batch = batch
-    if vocabulary is not None and not isinstance(student, Called):
-        teacher_batch = {**batch, "tokens": vocabulary[batch["tokens"]]}
-    targets, teacher_outputs = jax.lax.stop_gradient(
-        transfer.run_with_intermediates(teacher, teacher_params, teacher_batch, *wanted)
+    targets, teacher_outputs = _teach(
+        teacher, objective, with_shared(teacher_params, frozen), batch, vocabulary, extra, student
     )
-    if vocabulary is not None:
-        targets = targets[..., vocabulary]
-    called = student if isinstance(student, Called) else None
-    if isinstance(student, Called):
-        weights = jnp.ones(targets.shape[:-1])
-    else:
-        weights = batches.loss_weights(student, batch)
 
-    def loss(trainable: Params) -> tuple[Array, Losses]:
+    def loss(trainable: Params) -> tuple[Array, tuple[Losses, Array, Params]]:
         student_params, projection = transfer.without_projection(trainable)
         params = boxes.combine(student_params, frozen)
-        logits, outputs = transfer.run_with_intermediates(student, params, batch, *wanted)
-        if called is not None:
-            total, (soft, hard) = called_loss(called, params, batch, logits, targets, objective)
-        else:
-            total, (soft, hard) = distillation_loss(
-                logits, targets, batch["tokens"], weights, objective
+        collections: Params = {}
+        if isinstance(student, Classifier):
+            logits, collections = student.training_logits(
+                params, extra.collections, batch, extra.key
             )
+            outputs, weights = transfer.Intermediates(), batch["weights"]
+            total, (soft, hard) = classification_loss(
+                logits, targets, batch["labels"], weights, objective
+            )
+        else:
+            logits, outputs = transfer.run_with_intermediates(student, params, batch, *wanted)
+            if isinstance(student, Called):
+                weights = jnp.ones(logits.shape[:-1])
+                total, (soft, hard) = called_loss(
+                    student, params, batch, logits, targets, objective
+                )
+            else:
+                weights = batches.loss_weights(student, batch)
+                total, (soft, hard) = distillation_loss(
+                    logits, targets, batch["tokens"], weights, objective
+                )
         hidden = attention = jnp.zeros(())
         if wanted[0]:
             hidden = transfer.hidden_loss(
@@ -159,10 +196,38 @@ def _gradient(
                 outputs.attention, teacher_outputs.attention, objective.layers, weights
             )
             total += objective.attention * attention
-        return total, Losses(total, soft, hard, hidden, attention)
+        return total, (Losses(total, soft, hard, hidden, attention), weights, collections)
 
-    (_, losses), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
-    return Sums(gradient, losses, jnp.maximum(jnp.sum(weights), batches.NO_WEIGHT))
+    (_, (losses, weights, collections)), gradient = jax.value_and_grad(loss, has_aux=True)(
+        trainable
+    )
+    weight = jnp.maximum(jnp.sum(weights), batches.NO_WEIGHT)
+    return Sums(gradient, losses, weight), collections
+
+
+def _teach(
+    teacher: Reader | None,
+    objective: Objective,
+    params: Params,
+    batch: batches.Batch,
+    vocabulary: Array | None,
+    extra: Extra,
+    student: Reader,
+) -> tuple[Array | None, transfer.Intermediates]:
+    """Run the teacher on the student's batch; None without a teacher."""
+    if teacher is None:
+        return None, transfer.Intermediates()
+    if isinstance(teacher, Classifier):
+        logits = teacher.logits(params, extra.teacher_collections, batch)
+        return jax.lax.stop_gradient(logits), transfer.Intermediates()
+    if vocabulary is not None and not isinstance(student, Called):
+        batch = {**batch, "tokens": vocabulary[batch["tokens"]]}
+    targets, outputs = jax.lax.stop_gradient(
+        transfer.run_with_intermediates(
+            teacher, params, batch, objective.hidden > 0.0, objective.attention > 0.0
+        )
+    )
+    return targets if vocabulary is None else targets[..., vocabulary], outputs
 
 
 def _descend(

@@ -51,6 +51,7 @@ class Channels(Transform):
     """
 
     needs_model: ClassVar[bool] = True
+    takes_variables: ClassVar[bool] = True
 
     fraction: float = field(kw_only=False)
     multiple: int = 4

@@ -43,7 +43,8 @@ class DistillScales(Transform):
     Attributes:
       where: regular expression searched in each path of the quantized weights; None selects all.
       norms: also trains norms and biases under the same roots (`decoder`, `vision`, …).
-      teacher: `(model, params)`; None means the input model of the chain.
+      teacher: `(model, params)`; None means the input model of the chain, or no teacher if
+        `alpha` is 0.
       train: steps, learning rate and further options, see `glm_edge.TrainOptions`.
       temperature: temperature of both predictions.
       alpha: weight of the teacher's loss, in 0..1; the labels' loss has weight `1 - alpha`.
@@ -78,7 +79,8 @@ class DistillScales(Transform):
             raise RecipeError(f"{NAME}: scales have no decay; remove weight_decay from train=")
 
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
-        if self.teacher is None and context.original[1] is params:
+        options = DistillOptions(self.temperature, self.alpha)
+        if options.needs_teacher and self.teacher is None and context.original[1] is params:
             raise RecipeError(
                 f"{NAME}: the model would be its own teacher; pass teacher=(model, params), or "
                 "chain it after a quantizing transform"
@@ -102,18 +104,18 @@ class DistillScales(Transform):
         floating, stored = boxes.partition(params, scales=True)
         trainable = _only(floating, moving)
         frozen = boxes.combine(_only(floating, set(old) - moving), stored)
-        trained, curve, notes = train(
+        done = train(
             NAME,
             model,
             trainable,
             frozen,
-            self.teacher or context.original,
+            self.teacher or (context.original if options.needs_teacher else None),
             self.train,
             context,
             jax.tree_util.tree_map_with_path(_lr_scale, trainable),
-            DistillOptions(self.temperature, self.alpha),
+            options,
         )
-        narrowed = jax.tree_util.tree_map_with_path(_stored, trained, trainable)
+        narrowed = jax.tree_util.tree_map_with_path(_stored, done.trainable, trainable)
         _check_finite(narrowed)
         tuned = boxes.combine(narrowed, frozen)
         rows = [
@@ -121,7 +123,7 @@ class DistillScales(Transform):
             for path, leaf in boxes.path_items(tuned)
             if path in chosen
         ]
-        return model, tuned, Report.of(rows, params, tuned, curve=curve, notes=notes)
+        return model, tuned, Report.of(rows, params, tuned, curve=done.curve, notes=done.notes)
 
 
 distill_scales = DistillScales

@@ -75,7 +75,8 @@ class QAT(WeightTransform):
       where: see `glm_edge.quantize.rtn`, also for `scale`, `fallback_bits` and `stacked`; None
         selects every matrix.
       trainable: trained parameters, see `glm_edge.compress.Trainable`.
-      teacher: `(model, params)`; None means the input model of the chain.
+      teacher: `(model, params)`; None means the input model of the chain, or no teacher if
+        `alpha` is 0.
       train: steps, learning rate and further options, see `glm_edge.TrainOptions`.
       temperature: temperature of both predictions.
       alpha: weight of the teacher's loss, in 0..1; the labels' loss has weight `1 - alpha`.
@@ -121,18 +122,19 @@ class QAT(WeightTransform):
         student = boxes.map_with_path(prepare, params)
         wanted = _trains(selected, self.trainable.where)
         trainable, frozen = split(student, wanted, self.trainable.learned_scale)
-        trained, curve, notes = train(
+        options = DistillOptions(self.temperature, self.alpha)
+        done = train(
             NAME,
             model,
             trainable,
             frozen,
-            self.teacher or context.original,
+            self.teacher or (context.original if options.needs_teacher else None),
             self.train,
             context,
             lr_scale_of(trainable, self.trainable.scale_rate),
-            DistillOptions(self.temperature, self.alpha),
+            options,
         )
-        trained = boxes.combine(trained, frozen)
+        trained = boxes.combine(done.trainable, frozen)
 
         def finish(path: str, leaf: Any, before: Any) -> Any:
             if path in selected:
@@ -149,7 +151,7 @@ class QAT(WeightTransform):
             for path in old
             if path in selected
         ]
-        return model, rounded, Report.of(rows, params, rounded, curve=curve, notes=notes)
+        return model, rounded, Report.of(rows, params, rounded, curve=done.curve, notes=done.notes)
 
 
 qat = QAT

@@ -17,9 +17,7 @@ from glm_edge.compress.distill.loop import schedule
 from glm_edge.compress.distill.losses import Objective, distillation_loss
 from glm_edge.compress.distill.step import optimizer_of, train_step, without_shared
 from glm_edge.compress.recipes import recipe_from_json, to_json
-from glm_edge.configs import TextConfig
 from glm_edge.errors import DataError, RecipeError, TrainingError
-from glm_edge.models.text import TextEncoder
 from tests.tiny_models import init
 
 
@@ -326,22 +324,25 @@ def test_any_module_that_gives_logits_learns(calibration):
 
 
 def test_a_classifier_has_no_next_token_to_learn(small, calibration):
-    classifier = TextEncoder(TextConfig(40, 16, 1, 2, 24, num_labels=3))
-    tokens = calibration[0]["tokens"]
-    shapes = jax.eval_shape(classifier.init, jax.random.key(0), tokens)["params"]
-    params, other = (
-        jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes) for _ in range(2)
-    )
-    transform = distill(teacher=(classifier, other), train=TrainOptions(steps=1))
+    class First(nn.Module):
+        """Predicts three classes, and does not say that it is a classifier."""
+
+        @nn.compact
+        def __call__(self, tokens):
+            return nn.Dense(3)(nn.Embed(40, 4)(tokens)[:, 0])
+
+    model = First()
+    params, other = (init(model, calibration[0]["tokens"], seed=i)["params"] for i in range(2))
+    transform = distill(teacher=(model, other), train=TrainOptions(steps=1))
     expected = (
         r"distill: the student returns logits \[4, 3\] for tokens \[4, 12\]; .*for a classifier"
     )
     with pytest.raises(RecipeError, match=expected):
-        transform(classifier, params, calibration=calibration)
+        transform(model, params, calibration=calibration)
     with pytest.raises(RecipeError, match=r"distill: the teacher returns logits \[4, 3\]"):
         transform(*small, calibration=calibration)
     with pytest.raises(RecipeError, match=r"the model returns logits \[4, 3\]"):
-        mean_loss(classifier, params, calibration[0])
+        mean_loss(model, params, calibration[0])
 
 
 def test_each_batch_comes_once_before_any_comes_again():

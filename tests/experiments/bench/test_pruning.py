@@ -14,7 +14,7 @@ from experiments.bench import gathered
 from experiments.bench import quality as bench_quality
 from experiments.bench.export import TOY
 from experiments.bench.peers import sparsity
-from experiments.bench.peers.methods import DECODER, OURS, REFERENCE, Method
+from experiments.bench.peers.methods import ALONE, DECODER, OURS, REFERENCE, Method
 from experiments.bench.peers.table import cells, titles
 from experiments.bench.pruning import rows, show, speed, work
 from experiments.bench.runtimes.random_model import random_model
@@ -49,6 +49,22 @@ def test_recipes_of_ours_are_recipes(method):
         recipe = {"name": "distill", "options": options["heal"]}
         assert ge.recipe_from_json(json.dumps(recipe)).train.steps in (30, 20)
     assert (method.kind == "trained") == (options["heal"] is not None)
+
+
+def test_every_distilled_row_has_one_of_labels_alone():
+    by_name = {method.name: method for method in METHODS}
+    pairs = 0
+    for method in METHODS:
+        if method.kind != "trained" or method.name.endswith(ALONE):
+            continue
+        alone = by_name[f"{method.name.removesuffix(', distilled')}, {ALONE}"]
+        assert method.options["heal"]["alpha"] == 0.9
+        # Nothing else differs: steps, rate, batches and what trains.
+        healing = {**method.options["heal"], "alpha": 0.0}
+        assert alone.options == {**method.options, "heal": healing}
+        pairs += 1
+    assert pairs == 4
+    assert by_name[f"glm_edge {rows.NOTHING}"].options["prune"] is None
 
 
 def test_rows_without_structure_ask_for_half_of_the_weights():
@@ -257,6 +273,7 @@ def test_goals_use_our_best_row():
         result("glm_edge 50 %, distilled", OURS, "trained", 0.01),
         result("glm_edge 2:4", OURS, "training-free", 0.05),
         result("glm_edge 2:4, distilled", OURS, "trained", 0.11),
+        result(f"glm_edge 2:4, {ALONE}", OURS, "trained", 0.01),
         result("glm_edge 30 %, distilled", OURS, "trained", 0.02, lost=0.02),
     ]
     goals = show.goals(results, {"speedup": [1.2, 1.31, 1.4], "shape": "mobile"})
@@ -268,6 +285,45 @@ def test_goals_use_our_best_row():
         ("mobile", True),
     ]
     assert show.goals(results[:2], None) == []
+
+
+def test_a_row_of_labels_alone_has_no_teacher(worker, monkeypatch):
+    teachers = []
+    apply = type(ge.distill()).apply
+
+    def recorded(self, *arguments):
+        teachers.append(self.teacher)
+        return apply(self, *arguments)
+
+    monkeypatch.setattr(type(ge.distill()), "apply", recorded)
+    for alpha in (0.0, 0.9):
+        # Without a removal, the model would otherwise be its own teacher.
+        heal = {"steps": 1, "where": "^decoder/norm", "alpha": alpha}
+        method = Method("x", OURS, {"prune": None, "heal": heal}, "trained", "training")
+        pruned = worker.run(method, "alone")
+    assert teachers[0] is None
+    assert teachers[1] is not None
+    assert pruned.model is worker.data.model
+
+
+def test_gains_compare_with_labels_alone_on_the_same_windows():
+    def text(*nats):
+        return {"text": {"books": {"window_nats": list(nats), "window_kl": [0.0] * len(nats)}}}
+
+    alone, better = text(4.0, 4.4, 4.2, 3.8), text(3.9, 4.2, 4.1, 3.6)
+    named = {
+        "a 2:4, distilled": better,
+        f"a 2:4, {ALONE}": alone,
+        "a 30 %, distilled": better,
+        rows.NOTHING: alone,
+        f"{rows.NOTHING}, {ALONE}": better,
+    }
+    gains = show.gains([{"method": name, **values} for name, values in named.items()])
+    assert [gain["row"] for gain in gains] == ["a 2:4, distilled", rows.NOTHING]
+    low, change, high = gains[0]["change"]
+    assert change == pytest.approx(math.expm1(-0.15))
+    assert low < change < high < 0.0
+    assert gains[1]["change"][1] == pytest.approx(math.expm1(0.15))
 
 
 def test_the_table_and_the_figure_are_drawn(tmp_path):

@@ -34,6 +34,34 @@ def test_recipes_of_ours_are_recipes(method):
     assert json.loads(ge.to_json(transform))["name"] == method.options["name"]
 
 
+def test_every_trained_row_of_ours_has_one_of_labels_alone():
+    by_name = {method.name: method for method in METHODS}
+    # CAT-Q reconstructs the outputs of layers, which have no labels.
+    trained = [
+        m for m in METHODS if m.peer == OURS and m.kind == "trained" and "catq" not in m.name
+    ]
+    alone = [method for method in trained if method.name.endswith(methods.ALONE)]
+    likewise = f"glm_edge nothing quantized, trained likewise, {methods.ALONE}"
+    assert len(alone) == len(trained) - len(alone) + 1
+
+    def steps_of(method):
+        options = method.options["options"]
+        return [step["options"] for step in options.get("transforms", [method.options])]
+
+    for method in alone:
+        if method.name == likewise:
+            continue
+        other = by_name[method.name.removesuffix(f", {methods.ALONE}")]
+        assert method.calibration == other.calibration
+        *before, last = steps_of(method)
+        assert last["alpha"] == 0.0
+        assert [*before, {k: v for k, v in last.items() if k != "alpha"}] == steps_of(other)
+    recipe = ge.recipe_from_json(methods.as_json(by_name[likewise]))
+    qat = ge.recipe_from_json(methods.as_json(by_name["glm_edge qat int4-g32"]))
+    assert (recipe.alpha, recipe.where) == (0.0, DECODER)
+    assert (recipe.train.steps, recipe.train.learning_rate) == (1000, qat.train.learning_rate)
+
+
 def test_a_chain_of_ours_gives_every_step_the_same_matrices():
     steps = [{"name": "quantize.rtn", "options": {"bits": 8}}, {"name": "quantize.rtn"}]
     recipe = methods.ours("x", *steps).options

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.tables import intent, learning, measure
+from experiments.tables.arms import Result, Setting
 from glm_edge.errors import DataError
 from glm_edge.models.text import TextEncoder
 
@@ -20,7 +21,7 @@ WORDS = ("savings", "london", "mozart", "paris", "checking", "vienna", "bach", "
 KINDS = ("full", "half")
 SMALL = (
     "--layers=2", "--hidden_size=32", "--vocabulary=120", "--tokens=12", "--seeds=2",
-    "--teacher_steps=6", "--student_steps=4",
+    "--teacher_steps=3", "--steps=2", "--rates=0.01", "--labels=2",
 )  # fmt: skip
 
 
@@ -88,11 +89,15 @@ def test_the_table_of_a_short_run(run, folder, monkeypatch):
     monkeypatch.setattr(measure, "encoder_times", lambda *arguments: seconds)
     rows, log = run(intent, f"--intent_dir={folder}", *SMALL)
     assert rows["top-1, full"]["claim"] == "94.2"
-    assert rows["top-1, half, distilled"]["claim"] == "91.7"
-    accuracy = log["measured"]["accuracy"]
-    assert set(accuracy) == {"full", *intent.HALVES}
-    assert all(len(accuracy[kind]) == 2 for kind in intent.HALVES)
-    assert all(0 <= value <= 100 for values in accuracy.values() for value in values)
+    assert rows["top-1, half, all labels: distilled"]["claim"] == "91.7"
+    measured = log["measured"]["arms"]
+    assert len(measured) == len(intent.COMPLETE) + len(intent.FEW)
+    for arm in measured.values():
+        assert len(arm["accuracy"]) == 2
+        assert all(0 <= value <= 100 for value in arm["accuracy"])
+    name = "half, 8 labels, the rest unlabelled: distilled, teacher of the same labels"
+    assert f"gain over labels alone, {name}" in rows
+    assert f"recognised as without intent, {name}" in rows
     layer = 12 * 32**2 + 13 * 32
     counts = [1e6 * float(rows[f"parameters, {kind}"]["measured"]) for kind in KINDS]
     assert counts[0] - counts[1] == pytest.approx(layer)
@@ -101,52 +106,72 @@ def test_the_table_of_a_short_run(run, folder, monkeypatch):
     # All trainings are found again.
     monkeypatch.setattr(learning, "train", None)
     again = run(intent, f"--intent_dir={folder}", *SMALL, "--overwrite")[1]
-    assert again["measured"]["accuracy"] == accuracy
+    assert again["measured"]["arms"] == measured
     with pytest.raises(DataError, match="--layers must be even"):
         run(intent, f"--intent_dir={folder}", "--layers=3", "--overwrite")
 
 
-def test_encoder_learns_intents_and_masks_in_training_only(folder, tmp_path):
-    """An encoder learns intents and hides words in training only."""
+def test_an_encoder_learns_intents(folder, tmp_path):
     data = intent.load(str(folder), 120, 12)
     model = TextEncoder(intent.config_of(data, 2, 32))
     training = learning.Training(60, 5e-3, batch=16)
-    after = intent.trained(tmp_path, "one", model, data, training, seed=0)
+    after = learning.trained(tmp_path, "one", model, data.train, training, 0, augment=intent.hide)
     assert intent.percent(intent.hits_of(model, after, data), data.scored) > 90.0
-    tokens = data.train_tokens[:4]
-    observed = intent._apply(model, after, tokens, None)[0]
-    np.testing.assert_array_equal(intent._apply(model, after, tokens, None)[0], observed)
-    key = jax.random.key(0)
-    assert np.abs(intent._apply(model, after, tokens, key)[0] - observed).max() > 1e-3
 
 
-def test_differences_are_paired_by_text(folder):
+def test_words_are_masked_and_special_tokens_are_not():
+    tokens = np.tile(np.r_[2, np.arange(4, 101), 3, intent.PAD], (40, 1))
+    batch = {"tokens": tokens, "valid": tokens != intent.PAD, "labels": np.zeros(40)}
+    hidden = jax.device_get(intent.hide(jax.random.key(0), batch))
+    changed = hidden["tokens"] != tokens
+    assert (hidden["tokens"][changed] == intent.UNKNOWN).all()
+    assert not changed[:, [0, -2, -1]].any()
+    assert changed.mean() == pytest.approx(intent.HIDDEN_WORDS, abs=0.02)
+    np.testing.assert_array_equal(hidden["valid"], batch["valid"])
+
+
+def test_the_tuning_reads_no_test_text(folder):
     data = intent.load(str(folder), 120, 12)
-    inside = np.flatnonzero(data.scored)
+    tuning = data.for_tuning()
+    assert len(tuning.test_labels) == 6
+    assert len(tuning.train_labels) == 26
+    np.testing.assert_array_equal(tuning.test_tokens, data.train_tokens[4::5])
+    assert tuning.scored.all()
 
-    def hits(*wrong):
-        right = np.ones(len(data.scored), bool)
-        right[list(wrong)] = False
-        return right
 
-    outside = np.flatnonzero(~data.scored)[0]
-    full, alone = [hits(inside[0])], [hits(*inside[:6]), hits(*inside[:3])]
-    taught = [hits(*inside[:3], outside)] * 2
-    seconds = {f"{engine} {kind}": [0.002] * 3 for engine in measure.ENGINES for kind in KINDS}
-    result = intent.rows_of(
-        dict(zip(("full", *intent.HALVES), (full, alone, taught, full * 2), strict=True)),
-        data,
-        {"full": 4_000_000, "half": 2_000_000},
-        seconds,
-    )
-    rows = {row.quantity: row for row in result}
+def test_differences_are_paired_by_seed(folder):
+    data = intent.load(str(folder), 120, 12)
+    right = np.ones(len(data.scored), bool)
+    right[np.flatnonzero(data.scored)[0]] = False
+
+    def result(*accuracies):
+        return Result(Setting(100, 0.01), {}, list(accuracies))
+
+    results = {
+        (None, intent.ALONE): result(50.0, 60.0),
+        (None, intent.DISTILLED): result(70.0, 76.0),
+        (None, intent.LAYERS_ALONE): result(80.0, 80.0),
+        (None, intent.LAYERS): result(80.0, 82.0),
+        (40, intent.ALONE): result(40.0, 42.0),
+        (40, intent.SAME): result(50.0, 51.0),
+        (40, intent.ALL): result(60.0, 61.0),
+    }
+    rows = {row.quantity: row for row in intent.rows_of(right, results, data, {"full": 0.75})}
     assert rows["top-1, full"].measured == pytest.approx(100 * 11 / 12)
-    assert rows["top-1, full"].spread is None
-    assert rows["top-1, half"].measured == pytest.approx(100 * 7.5 / 12)
-    assert rows["top-1, half"].spread == pytest.approx(100 * 3 / 12 / 2**0.5)
-    assert rows["lost by half the depth, distilled"].measured == pytest.approx(100 * 2 / 12)
-    assert rows["lost by half the depth, distilled"].claim == pytest.approx(2.5)
-    assert rows["gain of distillation"].measured == pytest.approx(100 * 1.5 / 12)
-    assert rows["recognised as without intent, half, distilled"].measured == pytest.approx(75.0)
-    assert rows["half over full, JAX"].measured == pytest.approx(1.0)
-    assert rows["top-1, full, the claim's data"].measured is None
+    assert rows["top-1, half, all labels: labels alone"].spread == pytest.approx(10 / 2**0.5)
+    gain = rows["gain over labels alone, half, all labels: distilled"]
+    assert gain.measured == pytest.approx(18.0)
+    assert "better in 2 of 2" in gain.note
+    layers = rows["gain over teacher's layers, labels alone, half, all labels: teacher's layers, "
+                  "distilled"]  # fmt: skip
+    assert layers.measured == pytest.approx(1.0)
+    few = "half, 40 labels, the rest unlabelled: distilled, teacher of"
+    assert rows[f"gain over labels alone, {few} the same labels"].measured == pytest.approx(9.5)
+    assert rows[f"gain over labels alone, {few} all labels"].measured == pytest.approx(19.5)
+    lost = rows["lost by half the depth, distilled"]
+    assert (lost.claim, lost.measured) == pytest.approx((2.5, 100 * 11 / 12 - 73.0))
+    assert rows["recognised as without intent, full"].measured == pytest.approx(75.0)
+    seconds = {f"{engine} {kind}": [0.002] * 3 for engine in measure.ENGINES for kind in KINDS}
+    costs = {row.quantity: row for row in intent.cost_rows(dict.fromkeys(KINDS, 1e6), seconds)}
+    assert costs["half over full, JAX"].measured == pytest.approx(1.0)
+    assert costs["top-1, full, the claim's data"].measured is None
