@@ -201,16 +201,17 @@ def test_numbers_of_the_table_are_those_of_the_logs():
     for method in (
         "glm_edge gptq int8-channel",
         "qwix gptq int8-channel",
-        "glm_edge rotate, gptq int4-g32",
+        "glm_edge gptq int4-g32",
         "gptqmodel gptq int4-g32 act-order mse",
-        "glm_edge rotate, gptq, distill_scales int3-g32",
+        "glm_edge gptq int3-g32",
         "gptqmodel gptq int3-g32 act-order mse",
-        "glm_edge gptq int2-channel",
+        "glm_edge gptq int2-g32 extreme",
         "llama.cpp IQ2_S imatrix",
     ):
         row = quality[method]
         link = "(experiments/results/bench_quality.json)"
-        expected.append(f"[{100 * row['increase']:+.2f} %]{link} at {row['packed_bits']:.2f} bits")
+        loss = f"[{row['kl_text']:.2g}, {100 * row['increase']:+.2f} %]"
+        expected.append(f"{loss}{link} at {row['packed_bits']:.2f} bits")
     for method in ("glm_edge sparsegpt 50 %, uniform", "SparseGPT 50 %"):
         expected.append(f"[{100 * pruning[method]['increase']:+.1f} %]")
     for method in ("glm_edge sparsegpt 2:4", "SparseGPT 2:4"):
