@@ -51,7 +51,6 @@ def test_what_has_no_meaning_is_refused():
         {"exponent": 1.5},
         {"steps": 0},
         {"format": "float16"},
-        {"format": "ternary-affine"},
         {"format": "int4-affine-zero=int4"},
     ):
         with pytest.raises(RecipeError, match=r"quantize\.hqq"):
