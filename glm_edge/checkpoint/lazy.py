@@ -49,7 +49,7 @@ class LazyCheckpoint:
         if isinstance(self._source, native.NativeSource):
             leaves = self._read_native(wanted)
         else:
-            leaves = self._read_hugging_face(wanted)
+            leaves = self._read_tensors(wanted)
         return {path: leaves[path] for path in wanted}
 
     def fingerprint(self) -> str:
@@ -70,7 +70,7 @@ class LazyCheckpoint:
             leaves |= dict(boxes.path_items(boxes.from_flat(arrays, spec)))
         return leaves
 
-    def _read_hugging_face(self, wanted: list[str]) -> dict[str, Any]:
+    def _read_tensors(self, wanted: list[str]) -> dict[str, Any]:
         plan, leaves = Placement().plan(self.abstract, self.model.config), {}
         for entry in self._source.entries:
             if not set(entry.paths) & set(wanted):

@@ -55,7 +55,15 @@ def read_gguf_tokenizer(file: GGUFFile) -> tokenizers.Tokenizer:
 def tokenizer_json(file: GGUFFile) -> bytes:
     """Convert the tokenizer of a GGUF file to the content of a tokenizer.json.
 
-    Arguments and exceptions as in `read_gguf_tokenizer`.
+    Args:
+      file: the file.
+
+    Returns:
+      UTF-8 JSON.
+
+    Raises:
+      CheckpointError: the tokenizer is missing, damaged or of an unsupported kind.
+      ConfigError: a field is not a token id.
     """
     where, kind = str(file.path), file.metadata.get(f"{PREFIX}model")
     if kind is None:
@@ -102,7 +110,13 @@ def tokenizer_json(file: GGUFFile) -> bytes:
 
 
 def chat_template(file: GGUFFile) -> str | None:
-    """Return the chat template of a GGUF file, or None.
+    """Return the chat template of a GGUF file.
+
+    Args:
+      file: the file.
+
+    Returns:
+      Jinja source, or None without a template.
 
     Raises:
       CheckpointError: it is not a text, or too long.
@@ -118,7 +132,14 @@ def chat_template(file: GGUFFile) -> str | None:
 
 
 def token_id(file: GGUFFile, name: str) -> int | None:
-    """Return the id of a named token such as `bos`, or None.
+    """Return the id of a named token.
+
+    Args:
+      file: the file.
+      name: name of the token in the file, such as `bos`.
+
+    Returns:
+      The id, or None if the file does not name this token.
 
     Raises:
       ConfigError: the field is not a token id.
@@ -131,6 +152,12 @@ def token_id(file: GGUFFile, name: str) -> int | None:
 def stop_tokens(file: GGUFFile) -> tuple[int, ...]:
     """Return the tokens that end an answer: the end of a text, then the end of a turn.
 
+    Args:
+      file: the file.
+
+    Returns:
+      Token ids without duplicates.
+
     Raises:
       ConfigError: a field is not a token id.
     """
@@ -139,7 +166,13 @@ def stop_tokens(file: GGUFFile) -> tuple[int, ...]:
 
 
 def named_tokens(file: GGUFFile) -> dict[str, str]:
-    """Return the texts of named tokens by their names in tokenizer_config.json.
+    """Return the texts of named tokens.
+
+    Args:
+      file: the file.
+
+    Returns:
+      Texts by names of tokenizer_config.json, without those that the file does not name.
 
     Raises:
       CheckpointError: an id is not one of the vocabulary.

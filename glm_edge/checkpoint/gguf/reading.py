@@ -125,7 +125,18 @@ def open_file(path: Path) -> HuggingFaceSource:
 
 
 def build(path: Path) -> nn.Module:
-    """Build the module that a file's metadata describe, without weights."""
+    """Build the module that a file's metadata describe, without weights.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The module, without parameters.
+
+    Raises:
+      CheckpointError: the header is damaged.
+      ConfigError: the architecture is unknown, or a field is missing or unsupported.
+    """
     return MultimodalGLM(read_config(GGUFFile(path))[1])
 
 
