@@ -24,6 +24,7 @@ DATA = {
     "experiments.common.calibration_data",
     "experiments.common.eval_data",
     "experiments.common.tap_items",
+    "experiments.common.text_domains",
     "experiments.nano.batches",
     "experiments.nano.phone_screens.actions",
     "experiments.nano.phone_screens.dialogues",

@@ -10,11 +10,11 @@ import pytest
 from experiments.bench import reparameterize as bench_reparameterize
 from experiments.tables import (
     int8_pruned,
+    learning,
     measure,
     precision_memory,
     repvgg,
     sparsity,
-    vision,
 )
 from glm_edge import configs
 from glm_edge import params as boxes
@@ -67,7 +67,7 @@ def test_files_agree_with_jax_in_float32_and_int8(mobile, tmp_path):
     pytest.importorskip("tensorflow")
     model, variables = mobile
     images = np.random.default_rng(0).random((7, 8, 8, 1), np.float32)
-    expected = vision.logits_of(model, variables, images)
+    expected = learning.logits_of(model, variables, {"images": images})
     size = measure.export(model, variables, tmp_path / "float.tflite", batch=3)
     file = measure.LiteRT(tmp_path / "float.tflite")
     np.testing.assert_allclose(file(images[:3]), expected[:3], atol=1e-4)
