@@ -84,6 +84,7 @@ def test_what_cannot_be_read_is_refused(folder, tmp_path):
         intent.load(str(folder), 120, 12)
 
 
+@pytest.mark.slow
 def test_the_table_of_a_short_run(run, folder, monkeypatch):
     seconds = {f"{engine} {kind}": [0.002] for engine in measure.ENGINES for kind in KINDS}
     monkeypatch.setattr(measure, "encoder_times", lambda *arguments: seconds)
