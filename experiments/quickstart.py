@@ -29,7 +29,7 @@ import glm_edge as ge
 from experiments.common import eval_data, exported_eval, stage_eval
 from experiments.common.figures import pareto
 from experiments.common.outputs import prepare_directory
-from experiments.common.provenance import provenance_of
+from experiments.common.provenance import provenance_of, without_paths
 from glm_edge.cli.checkpoints import CHECKPOINT_HELP
 from glm_edge.cli.console import launch, progress
 from glm_edge.cli.corpora import write_text
@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
         "rows": rows,
         "export": verification,
         "run": {
-            **provenance_of("quickstart", placeholders=sys.argv[1:]),
+            **provenance_of("quickstart", placeholders=without_paths(sys.argv[1:])),
             "recipe": json.loads(ge.to_json(recipe)),
             "screens": len(data.written) or None,
             "tap_loss": evaluation.tap_loss(),

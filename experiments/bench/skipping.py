@@ -43,7 +43,7 @@ from absl import flags
 from experiments.common import skipping_eval
 from experiments.common.figures import skipping_figure
 from experiments.common.outputs import prepare_directory
-from experiments.common.provenance import provenance_of
+from experiments.common.provenance import provenance_of, without_paths
 from experiments.common.skipping_eval import floats
 from glm_edge.cli.console import launch
 from glm_edge.cli.corpora import write_text
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
         "rows": [dataclasses.asdict(row) for row in rows],
         "shape": [dataclasses.asdict(row) for row in timed],
         "run": {
-            **provenance_of("bench.skipping", placeholders=sys.argv[1:]),
+            **provenance_of("bench.skipping", placeholders=without_paths(sys.argv[1:])),
             "device": jax.devices()[0].device_kind,
             "checkpoint": str(FLAGS.checkpoint or "nano"),
             "exits": exits,

@@ -63,6 +63,20 @@ def command_of(script: str, names: Sequence[str] = (), placeholders: Sequence[st
     return " ".join([f"python -m experiments.{script}", *spelled, *placeholders])
 
 
+def without_paths(arguments: Sequence[str]) -> list[str]:
+    """Return command-line arguments with placeholders for paths.
+
+    Args:
+      arguments: arguments of a script, such as `sys.argv[1:]`.
+    """
+    shown = []
+    for argument in arguments:
+        name, separator, _ = argument.partition("=")
+        placeholder = name + separator + name.lstrip("-").upper() if separator else "PATH"
+        shown.append(placeholder if os.sep in argument else argument)
+    return shown
+
+
 def peers_of(names: Sequence[str]) -> list[str]:
     """List the flags of the peers whose interpreters this run received.
 

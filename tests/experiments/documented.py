@@ -60,7 +60,7 @@ def unlogged(document: Path, statements: Iterable[str] = ()) -> list[Value]:
             values = _entry_values(line, logs) or logged
             visible = UNMEASURED[3].sub("", re.sub(r"\]\([^)]*\)", "]", line))
             for match in NUMBER.finditer(visible):
-                if not _is_in(match.group(), values):
+                if not is_in(match.group(), values):
                     around = visible[max(0, match.start() - 40) : match.end() + 20]
                     missing.append(Value(title, match.group(), " ".join(around.split())))
     return missing
@@ -101,7 +101,7 @@ def _entries(node: Any, name: str) -> Iterator[Any]:
                 yield from _entries(value, name)
 
 
-def _is_in(text: str, values: set[float]) -> bool:
+def is_in(text: str, values: set[float]) -> bool:
     """Tell whether a value is a number of the logs, rounded to the digits of the text."""
     mantissa, _, exponent = text.replace(",", "").lstrip("+-").partition("e")
     decimals = len(mantissa.partition(".")[2])

@@ -47,6 +47,12 @@ def test_provenance_of_adds_versions_of_another_environment(values):
     assert log["versions"]["torch"] == "9.9"
 
 
+def test_without_paths_keeps_other_arguments():
+    arguments = ["--out_dir=/home/me/out", "--smoke", "--text", "/home/me/a.txt", "--seed=3"]
+    shown = ["--out_dir=OUT_DIR", "--smoke", "--text", "PATH", "--seed=3"]
+    assert provenance.without_paths(arguments) == shown
+
+
 def test_versions_of_leaves_out_absent_packages():
     assert provenance.versions_of(("no-such-package",)) == {}
 
