@@ -11,7 +11,7 @@ from jax import Array
 
 from glm_edge.compress.domains import named_domains
 from glm_edge.compress.layerwise.runner import Replaced, StageContext
-from glm_edge.compress.layerwise.stages import ROWS, Leaves
+from glm_edge.compress.layerwise.stages import Leaves
 from glm_edge.compress.quantize.options import Quantizer, SolverOptions
 from glm_edge.compress.quantize.parameter import (
     box_of,
@@ -90,6 +90,11 @@ class GPTQ(Quantizer):
     def needs(self) -> str:  # type: ignore[override]  # options decide
         """Models whose inputs are collected."""
         return self.solver.needs
+
+    @property
+    def in_turn(self) -> bool:  # type: ignore[override]  # options decide
+        """True if inputs are collected again after earlier matrices."""
+        return self.solver.sequential
 
     def compress_stage(self, work: StageContext) -> Replaced:
         if not work.selected:
@@ -235,8 +240,8 @@ def _measured(
     compute = getattr(work.model, "compute", "float32")
     original = work.original if paired else None
     paired = original is not None
-    views = work.batches(replaced)
-    original_views = repeat(None) if original is None else original.batches()
+    batches = work.rows(replaced, paths)
+    original_batches = repeat({}) if original is None else original.rows(None, paths)
     apart = len(domains) > 1
     # Rows of all domains wait together, so each has its part of the limit.
     most = ROWS_AT_ONCE // len(domains) if apart else ROWS_AT_ONCE
@@ -254,11 +259,10 @@ def _measured(
         for product in drift:
             drifts[path] = drifts[path] + product if path in drifts else product
 
-    for view, original_view, domain in zip(
-        views, original_views, work.domains if apart else repeat(None), strict=False
+    domain_of_batch = work.domains if apart else repeat(None)
+    for domain, collected, originals in zip(
+        domain_of_batch, batches, original_batches, strict=False
     ):
-        collected = view.collect(ROWS, paths=paths)
-        originals = {} if original_view is None else original_view.collect(ROWS, paths=paths)
         for path, rows in collected.items():
             parts = waiting.setdefault((path, domain), [])
             parts.append((rows, originals[path]) if paired else (rows,))
