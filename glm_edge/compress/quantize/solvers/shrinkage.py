@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from glm_edge.compress.quantize.solvers import gptq_solver, triangular
+from glm_edge.compress.quantize.solvers import columns, gptq_solver, triangular
 from glm_edge.params import Format
 
 CROSS_VALIDATE = "cross-validate"
@@ -81,7 +81,7 @@ class PlainRounding:
             mask = None if mask is None else mask[order]
         factor, _ = gptq_solver.factored(gram, damping)
         codes, grid = gptq_solver.by_groups(weight, factor, mask, self.format, self.scale)
-        errors = weight - gptq_solver.decoded(codes, grid, self.format)
+        errors = weight - columns.decoded(codes, grid, self.format)
         return errors if order is None else errors[jnp.argsort(order)]
 
 
