@@ -19,6 +19,7 @@ from jax import Array
 from glm_edge.compress import batches
 from glm_edge.compress.calibration import Called
 from glm_edge.compress.readings import Reading, watched
+from glm_edge.compress.timing import timed
 from glm_edge.models.glm import DecoderLayer
 from glm_edge.models.multimodal import (
     MultimodalGLM,
@@ -166,7 +167,9 @@ class Stage:
         """
         params = self._params(leaves)
         return [
-            _run(self.module, self.forward, params, state)[0] if self.reads in state else state
+            timed("forward", _run, self.module, self.forward, params, state)[0]
+            if self.reads in state
+            else state
             for state in states
         ]
 
@@ -195,7 +198,9 @@ class Stage:
         for state in states:
             if self.reads not in state:
                 continue
-            measured = _run(
+            measured = timed(
+                "forward",
+                _run,
                 self.module,
                 self.forward,
                 params,

@@ -17,6 +17,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from glm_edge import params as boxes
 from glm_edge.compress.layerwise.stages import ROWS, Leaves, Stage, State, measured
+from glm_edge.compress.timing import timed
 from glm_edge.params import Quantized
 from glm_edge.params.tree import nested
 
@@ -116,7 +117,7 @@ class Walk:
                 self._read.setdefault(path, leaves[path])
             arguments.append(dense[path][leaf])
         stored = self._stored[batch]
-        outputs = segment.run(*arguments, *(stored[i] for i in segment.reads))
+        outputs = timed("forward", segment.run, *arguments, *(stored[i] for i in segment.reads))
         results, new = outputs[: segment.count], outputs[segment.count :]
         self._stored[batch] = [stored[i] for i in segment.keeps] + new
         return results

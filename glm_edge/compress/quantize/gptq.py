@@ -1,6 +1,7 @@
 """GPTQ: column-wise quantization of weights against their calibration inputs."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any, ClassVar, NamedTuple
@@ -31,6 +32,7 @@ from glm_edge.compress.quantize.solvers.shrinkage import (
     Trial,
     choose,
 )
+from glm_edge.compress.timing import timed
 from glm_edge.compress.transform import register
 from glm_edge.errors import RecipeError
 from glm_edge.params import Masked
@@ -203,19 +205,13 @@ def matrices(
         for path, inputs in measured.items():
             gram = functools.reduce(jnp.add, inputs.grams.values())
             _check_inputs(name, path, gram, inputs.drift)
-            correction = None
+            weights = [dense_rows(p, work.leaves[p], work.layouts[p]) for p in readers[path]]
             if inputs.drift is not None:
-                correction = _Correction(gram, inputs.drift, solver.propagate, solver.damping)
-            start = 0
-            for reader in readers[path]:
+                weights = _corrected(weights, gram, inputs.drift, solver.propagate, solver.damping)
+            for reader, weight in zip(readers[path], weights, strict=True):
                 leaf, layout = work.leaves[reader], work.layouts[reader]
-                weight = dense_rows(reader, leaf, layout)
-                stop = start + weight.shape[0]
-                if correction is not None:
-                    weight = correction(weight, start, stop)
                 mask = layout.rows(leaf.mask) if isinstance(leaf, Masked) else None
                 yield LinearInputs(reader, weight, mask, gram, layout, inputs.grams)
-                start = stop
 
 
 def _row(work: StageContext, path: str, box: Any, note: str, output_error: float | None) -> Any:
@@ -271,7 +267,9 @@ def _measured(
     def add(path: str, domain: str | None) -> None:
         parts = zip(*waiting.pop((path, domain)), strict=True)
         rows, *originals = (jnp.concatenate(part) for part in parts)
-        result = products.products(rows, *originals, weight=weights[path], compute=compute)
+        result = timed(
+            "Gram", products.products, rows, *originals, weight=weights[path], compute=compute
+        )
         by_domain = totals.setdefault(path, {})
         by_domain[domain] = (
             products.added(by_domain[domain], result) if domain in by_domain else result
@@ -297,23 +295,30 @@ def _joined(by_domain: dict[str | None, Products]) -> _Measured:
     return _Measured(grams, functools.reduce(jnp.add, drifts) if drifts else None)
 
 
-class _Correction:
-    """The change of weights that reproduces the original outputs on the current inputs.
+def _corrected(
+    weights: list[Array], gram: Array, drift: Array, propagate: float, damping: float
+) -> list[Array]:
+    """Return the weights that reproduce the original outputs on the current inputs.
 
-    `W' = W + propagate * W (X0 - X)^T X H^-1`, by two triangular systems with `H = R R^T`.
+    Args:
+      weights: weights [out, in] that read the rows.
+      gram: `H`, [in, in].
+      drift: drift [in, in] of the rows, or its product with all weights, see `Products`.
+      propagate: see `SolverOptions`.
+      damping: see `SolverOptions`.
+
+    Returns:
+      `W' = W + propagate * W (X0 - X)^T X H^-1` for each weight `W`.
     """
-
-    def __init__(self, gram: Array, drift: Array, propagate: float, damping: float) -> None:
-        self._factor = damped_factor(gram, damping)[0]
-        self._drift = normalized(drift, jnp.max(jnp.abs(gram)))
-        self._propagate = propagate
-
-    def __call__(self, weight: Array, start: int, stop: int) -> Array:
-        """Return the corrected weight, of rows `start` to `stop` of a drift of outputs."""
-        drift = self._drift
-        if drift.shape[0] == drift.shape[1]:
-            return _shifted(weight, self._factor, _residual(weight, drift), self._propagate)
-        return _shifted(weight, self._factor, drift[start:stop], self._propagate)
+    factor, _, _ = timed("factor", damped_factor, gram, damping)
+    drift = normalized(drift, jnp.max(jnp.abs(gram)))
+    if drift.shape[0] == drift.shape[1]:
+        residuals = [_residual(weight, drift) for weight in weights]
+    else:
+        ends = list(itertools.accumulate(len(weight) for weight in weights))
+        residuals = jnp.split(drift, ends[:-1])
+    pairs = zip(weights, residuals, strict=True)
+    return [_shifted(weight, factor, residual, propagate) for weight, residual in pairs]
 
 
 @jax.jit
@@ -329,6 +334,7 @@ def _residual(weight: Array, drift: Array) -> Array:
 
 @jax.jit
 def _shifted(weight: Array, factor: Array, residual: Array, propagate: float) -> Array:
+    # W' by two triangular systems with H = R R^T.
     half = triangular.solve_upper(factor, jax.lax.optimization_barrier(residual).T)
     return weight + propagate * triangular.solve_upper(factor, half, transposed=True).T
 

@@ -32,6 +32,7 @@ from glm_edge.compress.quantize.solvers.scales import (
     per_group_format,
     search_scale,
 )
+from glm_edge.compress.timing import timed
 from glm_edge.errors import BoxError
 from glm_edge.params import Format
 from glm_edge.params.formats import PER_TENSOR
@@ -106,26 +107,53 @@ def solve(
     order = column_order(gram, groups, format.qtype == "ternary34") if act_order else None
     ordered, ordered_mask, gram = _arranged(weight, mask, gram, order)
     # H = R R^T with shrinkage and damping (`percdamp`), then Algorithm 1: one pass over the groups.
-    factor, damped, used = damped_factor(shrunk(gram, shrinkage), damping)
+    factor, damped, used = timed("factor", _damped_factor, shrunk(gram, shrinkage), damping)
     fits_zeros = refit and alignment.fits_zeros(format)
-    codes, grid = by_groups(ordered, factor, ordered_mask, format, scale, block, fits_zeros)
-    # QuantEase: coordinate descent on the codes, alternating with refitted scales.
-    together = refit and groups > 1 and weight.shape[1] // groups <= SEARCHED
-    for _ in range(max(sweeps, int(refit))):
-        if together and sweeps:
-            codes, grid = descent.descend_by_groups(
-                ordered, damped, codes, grid, ordered_mask, format
-            )
-            continue
-        if fits_zeros:
-            grid = alignment.refit(ordered, damped, codes, grid, format)
-        elif refit:
-            grid = descent.refit(ordered, damped, codes, grid, format)
-        if sweeps:
-            codes = descent.descend(ordered, damped, codes, grid, ordered_mask, format, block)
+    options = (format, scale, block, fits_zeros)
+    codes, grid = timed("rounding", by_groups, ordered, factor, ordered_mask, *options)
+    codes, grid = timed(
+        "descent",
+        _improved,
+        ordered,
+        damped,
+        codes,
+        grid,
+        ordered_mask,
+        format,
+        block,
+        refit,
+        sweeps,
+    )
     loss = float(_relative_loss(ordered, gram, codes, grid, format))
     codes, grid = _restored(codes, grid, order, groups)
     return codes, grid, Info(used, loss)
+
+
+def _improved(
+    weight: Array,
+    gram: Array,
+    codes: Array,
+    grid: Grid,
+    mask: Array | None,
+    format: Format,
+    block: int,
+    refit: bool,
+    sweeps: int,
+) -> tuple[Array, Grid]:
+    """Alternate coordinate descent on the codes (QuantEase) with refits of the grid."""
+    groups = grid.scale.shape[0]
+    together = refit and groups > 1 and weight.shape[0] // groups <= SEARCHED
+    for _ in range(max(sweeps, int(refit))):
+        if together and sweeps:
+            codes, grid = descent.descend_by_groups(weight, gram, codes, grid, mask, format)
+            continue
+        if refit and alignment.fits_zeros(format):
+            grid = alignment.refit(weight, gram, codes, grid, format)
+        elif refit:
+            grid = descent.refit(weight, gram, codes, grid, format)
+        if sweeps:
+            codes = descent.descend(weight, gram, codes, grid, mask, format, block)
+    return codes, grid
 
 
 def damped_factor(gram: Array, damping: float) -> tuple[Array, Array, float]:
@@ -141,9 +169,14 @@ def damped_factor(gram: Array, damping: float) -> tuple[Array, Array, float]:
     Raises:
       FloatingPointError: the Gram matrix is not finite, or has no factor with any damping.
     """
+    return _damped_factor(scaled(gram), damping)
+
+
+def _damped_factor(gram: Array, damping: float) -> tuple[Array, Array, float]:
+    """Compute the result of `damped_factor` for a result of `scaled`, without a copy of it."""
     if not bool(_is_finite(gram)):
         raise FloatingPointError("the Gram matrix contains NaN or infinity")
-    gram, diagonal_only = scaled(gram), False
+    diagonal_only = False
     while True:
         factor, damped = factored(gram, damping)
         if bool(_is_finite(factor)):

@@ -69,9 +69,15 @@ def added(first: Products, second: Products) -> Products:
     return jax.tree.map(jnp.add, first, second)
 
 
-@jax.jit
 def symmetric(strips: tuple[Array, ...]) -> Array:
     """Join the strips of a Gram matrix to the complete matrix, [in, in]."""
+    if len(strips) == 1:
+        return strips[0]
+    return _mirrored(strips)
+
+
+@jax.jit
+def _mirrored(strips: tuple[Array, ...]) -> Array:
     gram = jnp.zeros((strips[0].shape[1],) * 2, strips[0].dtype)
     start = 0
     for strip in strips:
