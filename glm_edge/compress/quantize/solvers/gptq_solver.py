@@ -25,6 +25,7 @@ from jax import Array
 
 from glm_edge.compress.quantize.solvers import alignment, columns, descent, triangular
 from glm_edge.compress.quantize.solvers.columns import ColumnBlock
+from glm_edge.compress.quantize.solvers.products import energy
 from glm_edge.compress.quantize.solvers.scales import (
     Grid,
     nearest_columns,
@@ -40,7 +41,6 @@ from glm_edge.params.formats import PER_TENSOR
 # Scales of larger groups are searched by rounding to nearest, not by running the column loop.
 SEARCHED = 256
 MOST_DAMPING = 1e4
-_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Info(NamedTuple):
@@ -352,6 +352,6 @@ def by_groups(
 
 @functools.partial(jax.jit, static_argnames="format")
 def _relative_loss(weight: Array, gram: Array, codes: Array, grid: Grid, format: Format) -> Array:
-    lost = triangular.total(descent.row_losses(weight, gram, codes, grid, format))
-    power = triangular.total(triangular.column_sums(_product(gram, weight) * weight))
+    lost = energy(gram, weight - columns.decoded(codes, grid, format))
+    power = energy(gram, weight)
     return jnp.where(power > 0, lost / jnp.where(power > 0, power, 1.0), 0.0)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from glm_edge.compress.quantize.solvers import triangular
 from glm_edge.kernels import matmul
 
 # Rows of a Gram matrix per product, and the width from which skipping the rest of it is faster.
@@ -86,6 +87,22 @@ def _mirrored(strips: tuple[Array, ...]) -> Array:
         gram = gram.at[stop:, start:stop].set(strip[:, stop - start :].T)
         start = stop
     return gram
+
+
+def energy(gram: Array, matrix: Array) -> Array:
+    """Compute `tr(M^T H M)` of a symmetric `H` [in, in] and `M` [in, out], float32."""
+    width = gram.shape[0]
+    step = _STRIP if width >= _WIDE else width
+    by_column = jnp.zeros(matrix.shape[1:], jnp.float32)
+    for start in range(0, width, step):
+        stop = start + step
+        part = matrix[start:stop]
+        product = _float32(gram[start:stop, start:stop], part)
+        if stop < width:
+            # Products right of the diagonal count for those left of it too.
+            product = product + 2.0 * _float32(gram[start:stop, stop:], matrix[stop:])
+        by_column = by_column + triangular.column_sums(product * part)
+    return triangular.total(by_column)
 
 
 def is_shorter(outputs: int, width: int, compute: str) -> bool:

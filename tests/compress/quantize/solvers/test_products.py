@@ -40,6 +40,16 @@ def test_products_of_drifts_with_and_without_weights():
         np.testing.assert_allclose(actual.drift, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_energy_reads_half_of_a_symmetric_matrix(narrow_strips):
+    gram = x.T @ x
+    matrix = x0[:, :6][:WIDTH]
+    expected = np.trace(np.float64(matrix).T @ np.float64(gram) @ np.float64(matrix))
+    np.testing.assert_allclose(products.energy(gram, matrix), expected, rtol=1e-5)
+    blocks = np.arange(WIDTH) // 8
+    unread = np.where(blocks[:, None] > blocks, np.nan, gram)
+    np.testing.assert_allclose(products.energy(unread, matrix), expected, rtol=1e-5)
+
+
 def test_is_shorter_below_half_the_width_in_float32():
     assert products.is_shorter(9, 20, "float32")
     assert not products.is_shorter(10, 20, "float32")
