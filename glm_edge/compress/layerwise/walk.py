@@ -118,7 +118,7 @@ class Walk:
             arguments.append(dense[path][leaf])
         stored = self._stored[batch]
         outputs = timed("forward", segment.run, *arguments, *(stored[i] for i in segment.reads))
-        results, new = outputs[: segment.count], outputs[segment.count :]
+        results, new = outputs[: segment.results], outputs[segment.results :]
         self._stored[batch] = [stored[i] for i in segment.keeps] + new
         return results
 
@@ -153,15 +153,15 @@ class Segment(NamedTuple):
       settled: names of the parameters whose products are final.
       reads: indices of the stored arrays that `run` reads.
       keeps: indices of the stored arrays that later segments read.
-      count: count of results: the rows of the group, or the entries of the state after the stage.
+      results: count of results: the rows of the group, or the entries of the state after the stage.
     """
 
     run: Callable[..., list[Array]]
     arguments: tuple[tuple[str | None, int], ...]
-    settled: tuple[str, ...]
+    settled: frozenset[str]
     reads: tuple[int, ...]
     keeps: tuple[int, ...]
-    count: int
+    results: int
 
 
 # The segments of a stage, and the function that builds its state after from its entries.
@@ -249,6 +249,7 @@ def _cut(
         arguments = [i for i, x in enumerate(jaxpr.invars) if x in inputs]
         reads = tuple(i for i, x in enumerate(stored) if x in inputs)
         keeps = tuple(i for i, x in enumerate(stored) if x in later)
+        origin_levels = [(origins[i][0], levels[i]) for i in arguments]
         part = jaxpr.replace(
             invars=[jaxpr.invars[i] for i in arguments] + [stored[i] for i in reads],
             outvars=[*results, *new],
@@ -258,7 +259,7 @@ def _cut(
         yield Segment(
             jax.jit(jaxpr_as_fun(ClosedJaxpr(part, closed.consts))),
             tuple(origins[i] for i in arguments),
-            tuple({origins[i][0]: None for i in arguments if levels[i] <= index}),
+            frozenset(name for name, level in origin_levels if name is not None and level <= index),
             reads,
             keeps,
             len(results),
