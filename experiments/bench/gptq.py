@@ -11,7 +11,8 @@ the flag, only glm_edge is timed. `python -m experiments.bench.quality` measures
 
 Two settings of glm_edge are timed. `plain` is the published algorithm, as in GPTQModel. `gptq`, the
 default, also compensates for input error, searches scales, and refines codes by coordinate descent.
-The results are fractions of GPTQModel's seconds.
+The results are fractions of GPTQModel's seconds. `stages` are the seconds of glm_edge's steps,
+compilation included.
 """
 
 import json
@@ -63,6 +64,25 @@ OURS = {
         ),
     ),
 }
+# `experiments.compress`, which also writes the seconds of its steps to the first argument. It is
+# imported first, since it sets the environment of numerical libraries.
+CHILD = """
+import json, sys
+from experiments import compress as command
+from glm_edge.cli import compress
+from glm_edge.cli.console import launch
+from glm_edge.compress import timing
+path, sys.argv = sys.argv[1], ["compress", *sys.argv[2:]]
+command.define_flags()
+with timing.recorded() as seconds:
+    try:
+        launch(compress.main)
+    finally:
+        with open(path, "w") as file:
+            json.dump(seconds, file)
+"""
+# Columns of the table; `rest` includes loading, saving and errors.
+STAGES = ("forward", "Gram", "factor", "rounding", "descent", "rest")
 PEER = """
 import sys, time
 started = time.monotonic()
@@ -120,8 +140,16 @@ def main(argv: Sequence[str]) -> None:
         "compute": FLAGS.compute,
     }
     print_table(
-        ["tool", "seconds", "peak RSS"],
-        [[r["tool"], f"{r['seconds']:.0f}", r.get("peak_rss_bytes", "")] for r in runs],
+        ["tool", "seconds", *STAGES, "peak RSS"],
+        [
+            [
+                run["tool"],
+                f"{run['seconds']:.0f}",
+                *(f"{run['stages'][stage]:.0f}" if "stages" in run else "" for stage in STAGES),
+                run.get("peak_rss_bytes", ""),
+            ]
+            for run in runs
+        ],
     )
     if FLAGS.out:
         write_text(FLAGS.out, json.dumps(summary, indent=1) + "\n", overwrite=True)
@@ -143,14 +171,29 @@ def ours(work: Path, source: Path, name: str) -> dict[str, Any]:
     recipe = work / f"{name}.json"
     recipe.write_text(ge.to_json(OURS[name]), encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=work) as out:
-        command = [sys.executable, "-m", "experiments.compress", "--checkpoint", source]
-        command += ["--recipe", recipe, "--calibration", work / TOKENS, "--out_dir", out]
+        steps = Path(out) / "steps.json"
+        command = [sys.executable, "-c", CHILD, steps, "--checkpoint", source]
+        command += [
+            "--recipe",
+            recipe,
+            "--calibration",
+            work / TOKENS,
+            "--out_dir",
+            Path(out) / "compressed",
+        ]
         command += [f"--compute={FLAGS.compute}"]
         started = time.monotonic()
         _run(command, name)
         seconds = time.monotonic() - started
-        report = json.loads((Path(out) / "report.json").read_text(encoding="utf-8"))
-    return {"tool": name, "seconds": seconds, "peak_rss_bytes": report["peak_rss_bytes"]}
+        report = json.loads((Path(out) / "compressed" / "report.json").read_text(encoding="utf-8"))
+        stages = json.loads(steps.read_text(encoding="utf-8"))
+    stages["rest"] = seconds - sum(stages.values())
+    return {
+        "tool": name,
+        "seconds": seconds,
+        "stages": {stage: stages.get(stage, 0.0) for stage in STAGES},
+        "peak_rss_bytes": report["peak_rss_bytes"],
+    }
 
 
 def peer(work: Path, source: Path) -> dict[str, Any]:

@@ -21,7 +21,16 @@ from glm_edge import params as boxes
 from glm_edge.compress import batches
 from glm_edge.compress.calibration import called
 from glm_edge.compress.domains import domain_of
-from glm_edge.compress.layerwise.stages import Leaves, Stage, State, Statistic, first_states, stages
+from glm_edge.compress.layerwise.stages import (
+    ROWS,
+    Leaves,
+    Stage,
+    State,
+    Statistic,
+    first_states,
+    stages,
+)
+from glm_edge.compress.layerwise.walk import Walk, supports_walk
 from glm_edge.compress.readings import UNWATCHED, Layouts, layouts_of
 from glm_edge.compress.report import Report, Row
 from glm_edge.compress.transform import Context, Result, Transform
@@ -51,12 +60,14 @@ class StageInputs:
       leaves: parameters of the stage by full path, arrays and boxes.
       states: state of each calibration batch before the stage; empty if inputs are not needed.
       borrowed: parameters of earlier stages that the stage reads too.
+      walk: pass of the batches in segments, shared by all views of the stage; None without one.
     """
 
     stage: Stage
     leaves: Leaves
     states: Sequence[State] = ()
     borrowed: Leaves = field(default_factory=dict)
+    walk: Walk | None = None
 
     def collect(
         self,
@@ -97,6 +108,24 @@ class StageInputs:
         decoded = self._decoded(leaves)
         return [StageInputs(self.stage, decoded, [state]) for state in self.states]
 
+    def rows(self, leaves: Leaves | None, paths: Sequence[str]) -> Iterator[dict[str, Array]]:
+        """Iterate over the input rows of weights, batch by batch.
+
+        With a walk and one path, the pass continues from the previous call, see `Walk.rows`.
+
+        Args:
+          leaves: parameters by path that replace those of the stage.
+          paths: paths of the weights.
+
+        Yields:
+          Rows float32 [N, in] by path, per batch.
+        """
+        if self.walk is None or len(paths) != 1:
+            for view in self.batches(leaves):
+                yield view.collect(ROWS, paths=paths)
+        else:
+            yield from self.walk.rows(self._all(leaves), paths[0])
+
     def outputs(self, leaves: Leaves | None = None) -> list[Array]:
         """Return the activations after the stage, of the batches that have any."""
         return [state["x"] for state in self.run(leaves) if "x" in state]
@@ -104,6 +133,10 @@ class StageInputs:
     def run(self, leaves: Leaves | None = None) -> list[State]:
         """Return the states after the stage."""
         return self.stage.run(self._decoded(leaves), self.states)
+
+    def finish(self) -> list[State]:
+        """Return the states after the stage; a walk continues from its last rows."""
+        return self.run() if self.walk is None else self.walk.finish(self._all(None))
 
     def _all(self, leaves: Leaves | None) -> Leaves:
         return {**self.borrowed, **self.leaves, **(leaves or {})}
@@ -180,10 +213,12 @@ class LayerwiseTransform(Transform):
       rounds: refuses a `where` that matches quantized weights.
       needs: `nothing`; `inputs` for calibration inputs of each stage; or `both` for inputs of the
         compressed and the uncompressed model. A property if it depends on options.
+      in_turn: compresses a weight on inputs that the compressed weights before it compute.
     """
 
     rounds: ClassVar[bool] = True
     needs: ClassVar[str] = "nothing"
+    in_turn: ClassVar[bool] = False
 
     def compress_stage(self, stage: StageContext) -> Replaced:
         """Compress the selected parameters of one stage.
@@ -413,6 +448,8 @@ class LayerwiseRunner:
                 self._domains.append(domain_of(batch))
         self.stages = stages(model)
         self._original_states = self._states
+        self._in_turn = any(step.transform.in_turn for step in steps)
+        self._walks: tuple[Walk | None, Walk | None] = None, None
         self._lent: Leaves = {}
         self._lent_original: Leaves = {}
         self._total = sum(len(step.selected) for step in steps)
@@ -435,6 +472,7 @@ class LayerwiseRunner:
         rows: list[Row] = []
         uncompressed = original
         original = original or leaves
+        self._start_walks(stage, leaves)
         for index, step in enumerate(self.steps):
             work = self._work(stage, step, leaves, original)
             replaced, stage_rows = step.transform.compress_stage(work)
@@ -456,6 +494,7 @@ class LayerwiseRunner:
           after: parameters of the stage from the earlier run.
         """
         original = leaves
+        self._start_walks(stage, leaves)
         if self.needs == "both":
             for step in self.steps:
                 if not step.transform.exact:
@@ -472,9 +511,21 @@ class LayerwiseRunner:
         if stage is self.stages[-1]:
             self._states = self._original_states = []
         if self._states:
-            self._states = self._view(stage, leaves).run()
+            self._states = self._view(stage, leaves).finish()
         if self.needs == "both" and self._original_states:
-            self._original_states = self._view_original(stage, original).run()
+            self._original_states = self._view_original(stage, original).finish()
+        self._walks = None, None
+
+    def _start_walks(self, stage: Stage, leaves: Leaves) -> None:
+        """Prepare to run a stage in segments, if a transform compresses its weights in turn."""
+        if not self._in_turn or not self._states:
+            return
+        groups = tuple(self._view(stage, leaves).readers())
+        if groups and supports_walk(stage, groups):
+            compressed = Walk(stage, self._states, groups)
+            both = self.needs == "both"
+            original = Walk(stage, self._original_states, groups, fixed=True) if both else None
+            self._walks = compressed, original
 
     def _work(
         self, stage: Stage, step: BoundTransform, leaves: Leaves, original: Leaves
@@ -497,11 +548,12 @@ class LayerwiseRunner:
         )
 
     def _view(self, stage: Stage, leaves: Leaves) -> StageInputs:
-        return StageInputs(stage, leaves, self._states, self._borrowed(stage, self._lent))
+        borrowed = self._borrowed(stage, self._lent)
+        return StageInputs(stage, leaves, self._states, borrowed, self._walks[0])
 
     def _view_original(self, stage: Stage, leaves: Leaves) -> StageInputs:
         lent = self._borrowed(stage, self._lent_original)
-        return StageInputs(stage, leaves, self._original_states, lent)
+        return StageInputs(stage, leaves, self._original_states, lent, self._walks[1])
 
     def _borrowed(self, stage: Stage, lent: Leaves) -> Leaves:
         return {path: lent[path] for path in stage.borrows if path in lent}

@@ -19,6 +19,7 @@ from jax import Array
 from glm_edge.compress import batches
 from glm_edge.compress.calibration import Called
 from glm_edge.compress.readings import Reading, watched
+from glm_edge.compress.timing import timed
 from glm_edge.models.glm import DecoderLayer
 from glm_edge.models.multimodal import (
     MultimodalGLM,
@@ -166,7 +167,9 @@ class Stage:
         """
         params = self._params(leaves)
         return [
-            _run(self.module, self.forward, params, state)[0] if self.reads in state else state
+            timed("forward", _run, self.module, self.forward, params, state)[0]
+            if self.reads in state
+            else state
             for state in states
         ]
 
@@ -195,7 +198,9 @@ class Stage:
         for state in states:
             if self.reads not in state:
                 continue
-            measured = _run(
+            measured = timed(
+                "forward",
+                _run,
                 self.module,
                 self.forward,
                 params,
@@ -306,6 +311,33 @@ def _run(
 ) -> tuple[State, dict[str, list[Any]]]:
     if measure is None:
         return advance(module, forward, params, state), {}
+    # Without the state as a result, XLA removes computations that the statistic does not need.
+    return {}, measured(module, forward, params, state, measure, wanted, counted)[1]
+
+
+def measured(
+    module: nn.Module,
+    forward: Callable[..., State],
+    params: Any,
+    state: State,
+    measure: Callable[[Array, Array | None], Any],
+    wanted: tuple[str, ...] | None,
+    counted: Callable[[State], Array | None],
+) -> tuple[State, dict[str, list[Any]]]:
+    """Run the module of a stage, and reduce the input rows of its weights.
+
+    Args:
+      module: module of the stage.
+      forward: see `Stage`.
+      params: parameters of the module.
+      state: state of one batch before the stage.
+      measure: see `Statistic`.
+      wanted: paths of the weights within the module; None selects all.
+      counted: see `Stage`.
+
+    Returns:
+      The state after the stage, and the results by path, one per call of the layer.
+    """
     readings: list[Reading] = []
     with watched(readings.append):
         after = advance(module, forward, params, state)
@@ -324,8 +356,7 @@ def _run(
             return measure(x, None)
         return measure(jnp.where(valid[:, None], x, 0.0), valid)
 
-    # Without the state as a result, XLA removes computations that the statistic does not need.
-    return {}, {path: [reduce(x) for x in calls] for path, calls in rows.items()}
+    return after, {path: [reduce(x) for x in calls] for path, calls in rows.items()}
 
 
 def stages(model: nn.Module | Called) -> tuple[Stage, ...]:

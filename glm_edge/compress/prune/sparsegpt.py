@@ -128,6 +128,11 @@ class SparseGPT(LayerwiseTransform):
         """Models whose inputs are collected."""
         return self.solver.needs
 
+    @property
+    def in_turn(self) -> bool:  # type: ignore[override]  # options decide
+        """True if inputs are collected again after earlier matrices."""
+        return self.solver.sequential
+
     @functools.cached_property
     def rounding(self) -> QuantizeConfig | None:
         """Format of the remaining weights and choice of its scales."""

@@ -1,7 +1,8 @@
 """GPTQ: column-wise quantization of weights against their calibration inputs."""
 
 import functools
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,7 +12,7 @@ from jax import Array
 
 from glm_edge.compress.domains import named_domains
 from glm_edge.compress.layerwise.runner import Replaced, StageContext
-from glm_edge.compress.layerwise.stages import ROWS, Leaves
+from glm_edge.compress.layerwise.stages import Leaves
 from glm_edge.compress.quantize.options import Quantizer, SolverOptions
 from glm_edge.compress.quantize.parameter import (
     box_of,
@@ -20,8 +21,9 @@ from glm_edge.compress.quantize.parameter import (
     relative_error,
     row,
 )
-from glm_edge.compress.quantize.solvers import triangular
+from glm_edge.compress.quantize.solvers import products, triangular
 from glm_edge.compress.quantize.solvers.gptq_solver import damped_factor, solve
+from glm_edge.compress.quantize.solvers.products import Products
 from glm_edge.compress.quantize.solvers.scales import normalized
 from glm_edge.compress.quantize.solvers.shrinkage import (
     CROSS_VALIDATE,
@@ -30,16 +32,16 @@ from glm_edge.compress.quantize.solvers.shrinkage import (
     Trial,
     choose,
 )
+from glm_edge.compress.timing import timed
 from glm_edge.compress.transform import register
 from glm_edge.errors import RecipeError
-from glm_edge.kernels import matmul
 from glm_edge.params import Masked
 from glm_edge.params.formats import PLAIN
 from glm_edge.params.layouts import Layout
 
 NAME = "quantize.gptq"
 # Entries of inputs per Gram product: few large products are faster than many small ones.
-ROWS_AT_ONCE = 1 << 24
+ROWS_AT_ONCE = 1 << 23
 
 
 @register(NAME)
@@ -90,6 +92,11 @@ class GPTQ(Quantizer):
     def needs(self) -> str:  # type: ignore[override]  # options decide
         """Models whose inputs are collected."""
         return self.solver.needs
+
+    @property
+    def in_turn(self) -> bool:  # type: ignore[override]  # options decide
+        """True if inputs are collected again after earlier matrices."""
+        return self.solver.sequential
 
     def compress_stage(self, work: StageContext) -> Replaced:
         if not work.selected:
@@ -191,20 +198,20 @@ def matrices(
     if not solver.sequential:
         groups = [tuple(path for group in groups for path in group)]
     for group in filter(None, groups):
-        measured = tuple(dict.fromkeys(first[path] for path in group))
-        parts, drifts = _measured(work, replaced, measured, solver.propagate > 0, domains)
-        grams = {path: functools.reduce(jnp.add, part.values()) for path, part in parts.items()}
+        readers: dict[str, list[str]] = {}
         for path in group:
-            gram, drift = grams[first[path]], drifts.get(first[path])
-            _check_inputs(name, path, gram, drift)
-            leaf, layout = work.leaves[path], work.layouts[path]
-            weight = dense_rows(path, leaf, layout)
-            if drift is not None:
-                weight = _corrected(weight, gram, drift, solver.propagate, solver.damping)
-            mask = None
-            if isinstance(leaf, Masked):
-                mask = layout.rows(leaf.mask)
-            yield LinearInputs(path, weight, mask, gram, layout, parts[first[path]])
+            readers.setdefault(first[path], []).append(path)
+        measured = _measured(work, replaced, readers, solver.propagate > 0, domains)
+        for path, inputs in measured.items():
+            gram = functools.reduce(jnp.add, inputs.grams.values())
+            _check_inputs(name, path, gram, inputs.drift)
+            weights = [dense_rows(p, work.leaves[p], work.layouts[p]) for p in readers[path]]
+            if inputs.drift is not None:
+                weights = _corrected(weights, gram, inputs.drift, solver.propagate, solver.damping)
+            for reader, weight in zip(readers[path], weights, strict=True):
+                leaf, layout = work.leaves[reader], work.layouts[reader]
+                mask = layout.rows(leaf.mask) if isinstance(leaf, Masked) else None
+                yield LinearInputs(reader, weight, mask, gram, layout, inputs.grams)
 
 
 def _row(work: StageContext, path: str, box: Any, note: str, output_error: float | None) -> Any:
@@ -212,53 +219,66 @@ def _row(work: StageContext, path: str, box: Any, note: str, output_error: float
     return row(NAME, path, before, box, relative_error(before, box), note, output_error)
 
 
+class _Measured(NamedTuple):
+    """Gram matrices `X^T X` by domain, and the drift of `products.Products`."""
+
+    grams: dict[str | None, Array]
+    drift: Array | None
+
+
 def _measured(
     work: StageContext,
     replaced: Leaves,
-    paths: tuple[str, ...],
+    readers: Mapping[str, Sequence[str]],
     paired: bool,
     domains: tuple[str, ...],
-) -> tuple[dict[str, dict[str | None, Array]], dict[str, Array]]:
-    """Compute Gram matrices `X^T X`, and drifts `(X0 - X)^T X` from original inputs `X0`.
+) -> dict[str, _Measured]:
+    """Compute the products of inputs of matrices.
 
     Args:
       work: context of the stage.
       replaced: quantized parameters by path.
-      paths: paths of the matrices.
-      paired: True for drifts too.
+      readers: matrices that read the same rows, by the path whose rows are collected.
+      paired: True for drifts from the original model too.
       domains: names of domains; with two or more, there is a Gram matrix per domain, otherwise one
         for all batches, under None.
 
     Returns:
-      Gram matrices by path and domain, and drifts by path.
+      Products by path.
     """
     compute = getattr(work.model, "compute", "float32")
+    paths = tuple(readers)
     original = work.original if paired else None
     paired = original is not None
-    views = work.batches(replaced)
-    original_views = repeat(None) if original is None else original.batches()
+    batches = work.rows(replaced, paths)
+    original_batches = repeat({}) if original is None else original.rows(None, paths)
     apart = len(domains) > 1
     # Rows of all domains wait together, so each has its part of the limit.
     most = ROWS_AT_ONCE // len(domains) if apart else ROWS_AT_ONCE
-    grams: dict[str, dict[str | None, Array]] = {}
-    drifts: dict[str, Array] = {}
+    totals: dict[str, dict[str | None, Products]] = {}
     waiting: dict[tuple[str, str | None], list[tuple[Array, ...]]] = {}
+    weights: dict[str, Array | None] = dict.fromkeys(paths)
+    for path in paths if paired else ():
+        outputs = sum(work.layouts[p].extent(work.leaves[p].shape)[0] for p in readers[path])
+        if products.is_shorter(outputs, work.columns(path), compute):
+            matrices = [dense_rows(p, work.leaves[p], work.layouts[p]) for p in readers[path]]
+            weights[path] = jnp.concatenate(matrices)
 
     def add(path: str, domain: str | None) -> None:
-        rows, *originals = (
-            jnp.concatenate(parts) for parts in zip(*waiting.pop((path, domain)), strict=True)
+        parts = zip(*waiting.pop((path, domain)), strict=True)
+        rows, *originals = (jnp.concatenate(part) for part in parts)
+        result = timed(
+            "Gram", products.products, rows, *originals, weight=weights[path], compute=compute
         )
-        gram, *drift = _products(rows, *originals, compute=compute)
-        by_domain = grams.setdefault(path, {})
-        by_domain[domain] = by_domain[domain] + gram if domain in by_domain else gram
-        for product in drift:
-            drifts[path] = drifts[path] + product if path in drifts else product
+        by_domain = totals.setdefault(path, {})
+        by_domain[domain] = (
+            products.added(by_domain[domain], result) if domain in by_domain else result
+        )
 
-    for view, original_view, domain in zip(
-        views, original_views, work.domains if apart else repeat(None), strict=False
+    domain_of_batch = work.domains if apart else repeat(None)
+    for domain, collected, originals in zip(
+        domain_of_batch, batches, original_batches, strict=False
     ):
-        collected = view.collect(ROWS, paths=paths)
-        originals = {} if original_view is None else original_view.collect(ROWS, paths=paths)
         for path, rows in collected.items():
             parts = waiting.setdefault((path, domain), [])
             parts.append((rows, originals[path]) if paired else (rows,))
@@ -266,25 +286,39 @@ def _measured(
                 add(path, domain)
     for key in list(waiting):
         add(*key)
-    return grams, drifts
+    return {path: _joined(by_domain) for path, by_domain in totals.items()}
 
 
-@functools.partial(jax.jit, static_argnames="compute")
-def _products(rows: Array, original: Array | None = None, *, compute: str) -> tuple[Array, ...]:
-    product = matmul.dense_bf16 if compute == "bfloat16" else matmul.dense
-    # An explicit transpose, since contracting the first axes takes twice the time on CPU.
-    columns = jax.lax.optimization_barrier(rows.T)
-    gram = product(columns, columns)
-    if original is None:
-        return (gram,)
-    return gram, product(jax.lax.optimization_barrier((original - rows).T), columns)
+def _joined(by_domain: dict[str | None, Products]) -> _Measured:
+    grams = {domain: products.symmetric(total.strips) for domain, total in by_domain.items()}
+    drifts = [total.drift for total in by_domain.values() if total.drift is not None]
+    return _Measured(grams, functools.reduce(jnp.add, drifts) if drifts else None)
 
 
-def _corrected(weight: Array, gram: Array, drift: Array, propagate: float, damping: float) -> Array:
-    """Return the weight that reproduces the original outputs on the current inputs."""
-    factor, _, _ = damped_factor(gram, damping)
+def _corrected(
+    weights: list[Array], gram: Array, drift: Array, propagate: float, damping: float
+) -> list[Array]:
+    """Return the weights that reproduce the original outputs on the current inputs.
+
+    Args:
+      weights: weights [out, in] that read the rows.
+      gram: `H`, [in, in].
+      drift: drift [in, in] of the rows, or its product with all weights, see `Products`.
+      propagate: see `SolverOptions`.
+      damping: see `SolverOptions`.
+
+    Returns:
+      `W' = W + propagate * W (X0 - X)^T X H^-1` for each weight `W`.
+    """
+    factor, _, _ = timed("factor", damped_factor, gram, damping)
     drift = normalized(drift, jnp.max(jnp.abs(gram)))
-    return _shifted(weight, factor, drift, propagate)
+    if drift.shape[0] == drift.shape[1]:
+        residuals = [_residual(weight, drift) for weight in weights]
+    else:
+        ends = list(itertools.accumulate(len(weight) for weight in weights))
+        residuals = jnp.split(drift, ends[:-1])
+    pairs = zip(weights, residuals, strict=True)
+    return [_shifted(weight, factor, residual, propagate) for weight, residual in pairs]
 
 
 @jax.jit
@@ -294,9 +328,13 @@ def _all_finite(gram: Array, drift: Array | None) -> Array:
 
 
 @jax.jit
-def _shifted(weight: Array, factor: Array, drift: Array, propagate: float) -> Array:
-    # W' = W + propagate * W (X0 - X)^T X H^-1, by two triangular systems with H = R R^T.
-    residual = jnp.matmul(weight, drift, precision="highest")
+def _residual(weight: Array, drift: Array) -> Array:
+    return jnp.matmul(weight, drift, precision="highest")
+
+
+@jax.jit
+def _shifted(weight: Array, factor: Array, residual: Array, propagate: float) -> Array:
+    # W' by two triangular systems with H = R R^T.
     half = triangular.solve_upper(factor, jax.lax.optimization_barrier(residual).T)
     return weight + propagate * triangular.solve_upper(factor, half, transposed=True).T
 

@@ -38,6 +38,24 @@ class ColumnBlock(NamedTuple):
     errors: Array | None = None
 
 
+def decoded(codes: Array, grid: Grid, format: Format) -> Array:
+    """Dequantize codes [in, out] with the grid of `by_groups`, float32."""
+    scale, zero = widened(grid, codes.shape)
+    steps = kernels.levels(codes, format.qtype).astype(jnp.float32)
+    return scale * (steps if zero is None else steps - zero)
+
+
+def widened(grid: Grid, shape: tuple[int, ...]) -> Grid:
+    """Expand scales and zero points to one per weight, float32 [in, out]."""
+    repeats = shape[0] // grid.scale.shape[0]
+
+    def widen(values: Array) -> Array:
+        by_row = jnp.broadcast_to(values.astype(jnp.float32), (values.shape[0], shape[1]))
+        return jnp.repeat(by_row, repeats, axis=0)
+
+    return grid.map(widen)
+
+
 def block_of(count: int, block: int, qtype: str) -> int:
     """Choose a block size.
 

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from glm_edge.compress.quantize.solvers import gptq_solver, triangular
+from glm_edge.compress.quantize.solvers import columns, gptq_solver
+from glm_edge.compress.quantize.solvers.products import energy
 from glm_edge.params import Format
 
 CROSS_VALIDATE = "cross-validate"
@@ -81,7 +82,7 @@ class PlainRounding:
             mask = None if mask is None else mask[order]
         factor, _ = gptq_solver.factored(gram, damping)
         codes, grid = gptq_solver.by_groups(weight, factor, mask, self.format, self.scale)
-        errors = weight - gptq_solver.decoded(codes, grid, self.format)
+        errors = weight - columns.decoded(codes, grid, self.format)
         return errors if order is None else errors[jnp.argsort(order)]
 
 
@@ -138,17 +139,11 @@ def _losses(
     """Compute the relative output error on the omitted domain per value of `GRID`."""
     weight = weight.astype(jnp.float32)
     train, omitted = gptq_solver.scaled(train), gptq_solver.scaled(omitted)
-    power = _energy(omitted, weight)
+    power = energy(omitted, weight)
 
     def loss(gamma: Array) -> Array:
         errors = trial(weight, gptq_solver.shrunk(train, gamma), damping, mask)
-        return _energy(omitted, errors) / jnp.where(power > 0, power, 1.0)
+        return energy(omitted, errors) / jnp.where(power > 0, power, 1.0)
 
     # A loop, since batched products may sum in another order for another count of threads.
     return jax.lax.map(loss, jnp.asarray(GRID, jnp.float32))
-
-
-def _energy(gram: Array, matrix: Array) -> Array:
-    """Compute `tr(X^T H X)` of [in, out]."""
-    product = jnp.matmul(gram, matrix, precision=jax.lax.Precision.HIGHEST)
-    return triangular.total(triangular.column_sums(product * matrix))

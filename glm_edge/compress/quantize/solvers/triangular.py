@@ -50,14 +50,16 @@ def cholesky(matrix: Array) -> Array:
     padded = _padded(matrix)
     blocks = padded.shape[0] // _BLOCK
     panel = max(-(-blocks // _PANELS), _LEAST) * _BLOCK
-    done = []
+    done: list[Array] = []
     for start in range(0, padded.shape[0], panel):
-        # Right-looking factorization: factor a panel of columns, then update the trailing matrix.
-        width = min(panel, padded.shape[0])
-        factor = _panel(padded[:, :width])
-        done.append(jnp.pad(factor, ((start, 0), (0, 0))))
-        below = factor[width:]
-        padded = padded[width:, width:] - _product(below, below.T)
+        # Left-looking factorization: update a panel of columns by all earlier ones, then factor it.
+        # Updating all later columns after each panel takes twice the operations.
+        stop = min(start + panel, padded.shape[0])
+        columns = padded[start:, start:stop]
+        if done:
+            earlier = jnp.concatenate(done, axis=1)[start:]
+            columns = columns - _product(earlier, earlier[: stop - start].T)
+        done.append(jnp.pad(_panel(columns), ((start, 0), (0, 0))))
     return jnp.concatenate(done, axis=1)[:size, :size]
 
 
