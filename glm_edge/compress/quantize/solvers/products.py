@@ -116,9 +116,9 @@ def is_shorter(outputs: int, width: int, compute: str) -> bool:
     return compute == "float32" and 2 * outputs < width
 
 
-def _float32(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+def _float32(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _bf16(left: Array, right: Array) -> Array:
-    return matmul.dense_bf16(left, right.T)
+def _bf16(a: Array, b: Array) -> Array:
+    return matmul.dense_bf16(a, b.T)
