@@ -79,14 +79,16 @@ def symmetric(strips: tuple[Array, ...]) -> Array:
 
 @jax.jit
 def _mirrored(strips: tuple[Array, ...]) -> Array:
-    gram = jnp.zeros((strips[0].shape[1],) * 2, strips[0].dtype)
-    start = 0
-    for strip in strips:
-        stop = start + strip.shape[0]
-        gram = gram.at[start:stop, start:].set(strip)
-        gram = gram.at[stop:, start:stop].set(strip[:, stop - start :].T)
-        start = stop
-    return gram
+    lines = []
+    for index, strip in enumerate(strips):
+        # Left of the diagonal are the transposed entries of the strips above.
+        start = index * _STRIP
+        left = [
+            above[:, start - i * _STRIP :][:, : strip.shape[0]].T
+            for i, above in enumerate(strips[:index])
+        ]
+        lines.append(jnp.concatenate([*left, strip], axis=1))
+    return jnp.concatenate(lines)
 
 
 def energy(gram: Array, matrix: Array) -> Array:
