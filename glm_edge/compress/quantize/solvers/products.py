@@ -83,11 +83,11 @@ def _mirrored(strips: tuple[Array, ...]) -> Array:
     for index, strip in enumerate(strips):
         # Left of the diagonal are the transposed entries of the strips above.
         start = index * _STRIP
-        left = [
+        transposed = [
             above[:, start - i * _STRIP :][:, : strip.shape[0]].T
             for i, above in enumerate(strips[:index])
         ]
-        lines.append(jnp.concatenate([*left, strip], axis=1))
+        lines.append(jnp.concatenate([*transposed, strip], axis=1))
     return jnp.concatenate(lines)
 
 
