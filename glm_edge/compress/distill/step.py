@@ -35,7 +35,7 @@ class Sums(NamedTuple):
 
 
 class Extra(NamedTuple):
-    """What a classifier reads besides parameters and batch.
+    """Inputs of a classifier besides parameters and batch.
 
     Attributes:
       collections: the student's collections, such as `batch_stats`.
