@@ -89,10 +89,12 @@ QUESTIONS = {
     "spoken": (6, 0, 8, 0),
     "dialogue": (6, 2, 0, 3),
 }
+ALL_TASKS = ("written", "spoken", "text", "dialogue", "written", "spoken", "text", "dialogue")
 CURRICULUM = (
     (0.1, ("written", "mixed", "written")),
     (0.25, ("written", "mixed", "written", "text", "dialogue")),
-    (1.0, ("written", "spoken", "text", "dialogue", "written", "spoken", "long", "dialogue")),
+    # A step of a long window takes as much time as five others, so it is every sixteenth.
+    (1.0, (*ALL_TASKS, *ALL_TASKS[:-2], "long", ALL_TASKS[-1])),
 )
 # Probability of random words in an instruction to tap.
 NOISE = 0.25
