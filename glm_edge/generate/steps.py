@@ -114,7 +114,10 @@ def start(
         keep,
         room=prompt.room,
         cache_dtype=options.cache_dtype,
-        penalized=(sampling.uses("repetition_penalty"), sampling.uses("frequency_penalty")),
+        penalized=(
+            sampling.uses("repetition_penalty"),
+            sampling.uses("frequency_penalty") or sampling.uses("presence_penalty"),
+        ),
         plan=plan,
     )
     counts, position = jax.device_get((counts, state.position))

@@ -242,7 +242,7 @@ def write_cache(cache: LayerCache, new: dict[str, Array], slot: Array) -> LayerC
     Args:
       cache: cache of one layer from `init_cache`.
       new: `key` and `value`, [B, T, K, H] each.
-      slot: first of the `T` slots.
+      slot: first of the `T` slots: a scalar, or int [B] for rows of different lengths.
 
     Returns:
       The updated cache.
@@ -253,13 +253,15 @@ def write_cache(cache: LayerCache, new: dict[str, Array], slot: Array) -> LayerC
         for name, values in new.items():
             rows[name], rows[f"{name}_scale"] = cache_kernels.quantize_rows(values, qtype)
     axes = ("batch", "slots", "kv_heads", "head_dim")
-    start = (0, slot, 0, 0)
-    return {
-        name: constrain(
-            jax.lax.dynamic_update_slice(array, rows[name].astype(array.dtype), start), *axes
-        )
-        for name, array in cache.items()
-    }
+
+    def put(array: Array, values: Array) -> Array:
+        values = values.astype(array.dtype)
+        if jnp.ndim(slot) == 0:
+            return jax.lax.dynamic_update_slice(array, values, (0, slot, 0, 0))
+        put_row = jax.vmap(lambda a, v, s: jax.lax.dynamic_update_slice(a, v, (s, 0, 0)))
+        return put_row(array, values, slot)
+
+    return {name: constrain(put(array, rows[name]), *axes) for name, array in cache.items()}
 
 
 def write_cache_by_head(cache: LayerCache, key: Array, value: Array, slot: Array) -> LayerCache:

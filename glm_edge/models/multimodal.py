@@ -117,7 +117,7 @@ class MultimodalGLM(nn.Module):
         placeholder = _at(tokens, self.config.image_token_id) & valid
         per_row = not isinstance(images, list | tuple)
         rank = _rank(placeholder, per_row)
-        grids = _feature_grids(images, self.config.vision_tower)
+        grids = feature_grids(images, self.config.vision_tower)
         return rotary.block_positions(rank, placeholder, valid, grids)
 
     def embed_inputs(
@@ -279,7 +279,7 @@ def feature_counts(images: Sequence[Any], config: VisionConfig) -> list[int]:
     for image in images:
         if image.ndim == 4 and image.shape[0] % config.temporal_patch_size:
             raise DataError(_frames_error(image, config))
-        grids = _feature_grids([image], config)
+        grids = feature_grids([image], config)
         edges = 2 * config.boundary_embeddings
         counts.append(sum(rows * columns + edges for rows, columns in grids))
     return counts
@@ -305,8 +305,16 @@ def _temporal_patches(image: Array, config: VisionConfig) -> Array:
     return image.reshape(-1, size, *image.shape[1:])
 
 
-def _feature_grids(images: Images, config: VisionConfig) -> list[tuple[int, int]]:
-    """List (rows, columns) of features per image, or per temporal patch of a video."""
+def feature_grids(images: Images, config: VisionConfig) -> list[tuple[int, int]]:
+    """List (rows, columns) of features per image, or per temporal patch of a video.
+
+    Args:
+      images: as in `MultimodalGLM`; only their shapes are used.
+      config: configuration of the tower.
+
+    Returns:
+      Pairs in reading order.
+    """
     if not isinstance(images, list | tuple):
         shapes = [images.shape[-3:]] * (images.shape[1] if images.ndim == 5 else 1)
     else:

@@ -1,0 +1,23 @@
+"""A model service: many requests at once on one model, and an OpenAI-compatible endpoint."""
+
+from glm_edge.serve.engine import ClosedError, ContextLengthError, Engine, QueueFullError
+from glm_edge.serve.jax_backend import JaxBackend
+from glm_edge.serve.requests import Finished, Handle, Priority, Request, Token, Usage
+
+__all__ = [
+    "ClosedError",
+    "ContextLengthError",
+    "Engine",
+    "Finished",
+    "Handle",
+    "JaxBackend",
+    "Priority",
+    "QueueFullError",
+    "Request",
+    "Token",
+    "Usage",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

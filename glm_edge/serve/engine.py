@@ -1,0 +1,556 @@
+"""The engine: one thread that serves many requests on the slots of a backend.
+
+Each turn of its loop runs at most one chunk of pending tokens (prompts, forced tokens, drafts), and
+then one step of all decoding requests. So a long prompt delays running answers by no more than one
+chunk per token. The tokens of a request are those of `glm_edge.generate.generate` on its prompt
+alone with the same seed, whatever runs beside it.
+"""
+
+import heapq
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from glm_edge.errors import DataError, GlmEdgeError
+from glm_edge.generate.row_sampling import MAX_BIASES, Drawn, RowRules, RowText, draw_rows
+from glm_edge.generate.sampling import Sampling
+from glm_edge.serve.backend import BLOCK, Backend, ready_prompt
+from glm_edge.serve.prefix_cache import PrefixCache, block_keys
+from glm_edge.serve.requests import Event, Handle, Request
+from glm_edge.serve.slots import Task
+
+_draw = jax.jit(draw_rows)
+
+
+class QueueFullError(GlmEdgeError):
+    """Raised when too many requests wait."""
+
+
+class ClosedError(GlmEdgeError):
+    """Raised when a request is submitted to an engine that is closing or has failed."""
+
+
+class ContextLengthError(DataError):
+    """Raised when a prompt leaves no room for an answer."""
+
+
+@dataclass
+class Counters:
+    """Totals since the start, for metrics.
+
+    Attributes:
+      steps: steps of all slots.
+      chunks: calls of `extend`.
+      prompt_tokens: tokens of prompts that were computed.
+      cached_tokens: tokens of prompts whose rows were reused.
+      generated_tokens: delivered tokens.
+      preemptions: interrupted requests.
+    """
+
+    steps: int = 0
+    chunks: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+
+
+class Engine:
+    """Continuous batching of requests on a backend.
+
+        engine = Engine(JaxBackend(model, params))
+        engine.start()
+        tokens, end = engine.submit(Request(inputs=processor(messages))).result()
+        engine.close()
+
+    Attributes:
+      backend: what runs the model.
+      counters: totals, for metrics.
+      prefix_cache: rows of earlier prompts.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        cache_bytes: int = 1 << 28,
+        feature_bytes: int = 1 << 27,
+        queue_size: int = 1000,
+    ):
+        """Prepare the engine; `start` runs it.
+
+        Args:
+          backend: what runs the model.
+          cache_bytes: limit of the prefix cache.
+          feature_bytes: limit of kept features of images and recordings.
+          queue_size: requests that may wait.
+
+        Raises:
+          DataError: a limit is negative.
+        """
+        self.backend = backend
+        self.counters = Counters()
+        self.prefix_cache = PrefixCache(cache_bytes, backend.block_bytes())
+        self._features: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._feature_bytes, self._queue_size = feature_bytes, queue_size
+        slots = backend.num_slots
+        self._tasks: list[Task | None] = [None] * slots
+        self._texts = np.zeros((slots, backend.capacity), np.int32)
+        self._rules = RowRules.of([Sampling()] * slots)
+        words = -(-backend.config.decoder.vocab_size // 32)
+        self._everything = np.full(words, 0xFFFFFFFF, np.uint32)
+        self._allowed = np.tile(self._everything, (slots, 1))
+        self._seeds = np.zeros(slots, np.uint32)
+        self._turn = 0
+        self._order = 0
+        # Shared with other threads, under the lock.
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[tuple[int, int], Task]] = []
+        self._pings: list[Future[None]] = []
+        self._closing = self._abort = False
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="glm-edge-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, request: Request, deliver: Callable[[Event], Any] | None = None) -> Handle:
+        """Queue a request.
+
+        Args:
+          request: the request.
+          deliver: called with each event on the engine's thread, and must return at once; None
+            keeps the events for iteration over the handle.
+
+        Returns:
+          The handle.
+
+        Raises:
+          DataError: the request does not fit the model.
+          ContextLengthError: the prompt leaves no room for an answer.
+          QueueFullError: too many requests wait.
+          ClosedError: the engine is closing or has failed.
+        """
+        config, capacity = self.backend.config, self.backend.capacity
+        if request.max_new_tokens < 1:
+            raise DataError(f"max_new_tokens must be positive, got {request.max_new_tokens}")
+        if len(request.sampling.logit_bias) > MAX_BIASES:
+            raise DataError(f"logit_bias has more than {MAX_BIASES} tokens")
+        count = int(request.inputs.valid.sum())
+        if count >= capacity:
+            raise ContextLengthError(
+                f"the prompt has {count} tokens; the context of {capacity} leaves no room for an "
+                "answer"
+            )
+        prompt = ready_prompt(config, request.inputs, capacity)
+        handle = Handle(request, deliver)
+        with self._changed:
+            self._refuse_if_closed()
+            if len(self._waiting) >= self._queue_size:
+                raise QueueFullError(f"{len(self._waiting)} requests wait; try again later")
+            self._order += 1
+            task = Task(handle, prompt, self._order, capacity)
+            heapq.heappush(self._waiting, (task.urgency, task))
+            self._changed.notify()
+        return handle
+
+    def ping(self) -> "Future[None]":
+        """Return a future that the loop completes in its next turn: the test of its health."""
+        future: Future[None] = Future()
+        with self._changed:
+            self._refuse_if_closed()
+            self._pings.append(future)
+            self._changed.notify()
+        return future
+
+    @property
+    def waiting(self) -> int:
+        """Number of waiting requests."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Number of requests with a slot."""
+        return sum(task is not None for task in self._tasks)
+
+    def close(self, timeout: float = 0.0) -> None:
+        """Refuse new requests, finish the others within a time, and end the thread.
+
+        Args:
+          timeout: seconds for running and waiting requests; those left then end as "cancelled".
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread.ident is None:
+            self._end_all()
+            return
+        self._thread.join(timeout)
+        with self._changed:
+            self._abort = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _refuse_if_closed(self) -> None:
+        if self._failure is not None:
+            raise ClosedError(f"the engine has failed: {self._failure}")
+        if self._closing:
+            raise ClosedError("the engine is shutting down")
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._turn_once()
+        except Exception as error:
+            logging.exception("the engine has failed")
+            self._failure = f"{type(error).__name__}: {error}"
+        finally:
+            self._end_all()
+
+    def _wait_for_work(self) -> bool:
+        """Answer pings, and wait until there is something to do; False ends the loop."""
+        with self._changed:
+            while True:
+                pings, self._pings = self._pings, []
+                for ping in pings:
+                    ping.set_result(None)
+                busy = self._waiting or self.running
+                if self._abort or (self._closing and not busy):
+                    return False
+                if busy:
+                    return True
+                self._changed.wait()
+
+    def _turn_once(self) -> None:
+        self._drop_cancelled()
+        self._admit()
+        self._force()
+        extended = self._extend_pending()
+        self._step(extended)
+
+    def _end_all(self) -> None:
+        with self._changed:
+            self._closing = True
+            waiting, self._waiting = [task for _, task in self._waiting], []
+            for ping in self._pings:
+                ping.set_exception(ClosedError("the engine has stopped"))
+        reason = "cancelled" if self._failure is None else "error"
+        for task in (*self._tasks, *waiting):
+            if task is not None:
+                task.finish(reason, self._failure)
+        self._tasks = [None] * len(self._tasks)
+
+    def _drop_cancelled(self) -> None:
+        for slot, task in enumerate(self._tasks):
+            if task is not None and task.handle.cancelled:
+                self._finish(slot, "cancelled")
+        with self._changed:
+            gone = [task for _, task in self._waiting if task.handle.cancelled]
+            if gone:
+                self._waiting = [item for item in self._waiting if item[1] not in gone]
+                heapq.heapify(self._waiting)
+        for task in gone:
+            task.finish("cancelled")
+
+    def _admit(self) -> None:
+        """Give free slots to waiting requests, and slots of less urgent ones to more urgent."""
+        while True:
+            with self._changed:
+                if not self._waiting:
+                    return
+                task = self._waiting[0][1]
+                slot = self._free_slot(task)
+                if slot is None:
+                    return
+                heapq.heappop(self._waiting)
+            try:
+                self._occupy(slot, task)
+            except GlmEdgeError as error:
+                self._tasks[slot] = None
+                task.finish("error", str(error))
+
+    def _free_slot(self, task: Task) -> int | None:
+        """Return a free slot, interrupting a request of a lower priority if there is none."""
+        if None in self._tasks:
+            return self._tasks.index(None)
+        running = [(other.urgency, slot) for slot, other in enumerate(self._tasks) if other]
+        urgency, slot = max(running)
+        if urgency[0] <= task.request.priority:
+            return None
+        other = self._tasks[slot]
+        assert other is not None
+        starts = range(0, other.rows, BLOCK)
+        other.saved = [self.backend.copy_out(slot, start) for start in starts]
+        other.text = other.text.copy()
+        other.usage.preemptions += 1
+        self.counters.preemptions += 1
+        self._tasks[slot] = None
+        heapq.heappush(self._waiting, (other.urgency, other))
+        return slot
+
+    def _occupy(self, slot: int, task: Task) -> None:
+        """Bring the rows that exist to a slot, and the request's rules."""
+        if task.saved is not None:
+            saved, task.saved = task.saved, None
+        else:
+            # At least one token must run, for the scores of the next.
+            keys = task.keys[: (task.prompt_length - 1) // BLOCK]
+            saved = self.prefix_cache.acquire(keys)
+            task.rows = task.usage.cached_tokens = len(saved) * BLOCK
+            self.counters.cached_tokens += task.rows
+            self.prefix_cache.release(keys[: len(saved)])
+        for index, rows in enumerate(saved):
+            self.backend.copy_in(slot, index * BLOCK, rows)
+        self._tasks[slot] = task
+        self._texts[slot] = task.text
+        task.text = self._texts[slot]
+        self._seeds[slot] = task.handle.seed
+        row = RowRules.of([task.request.sampling])
+        for field, values in vars(self._rules).items():
+            values[slot] = getattr(row, field)[0]
+
+    def _force(self) -> None:
+        """Append the tokens that constraints leave no choice about."""
+        for slot, task in enumerate(self._tasks):
+            if task is None or task.matcher is None or not (task.decoding or not task.rows):
+                continue
+            for token in task.matcher.forced():
+                if token in task.stop_tokens:
+                    break
+                task.append(token)
+                task.usage.forced_tokens += 1
+                self.counters.generated_tokens += 1
+                task.deliver_token(token, forced=True)
+                if task.length >= task.limit:
+                    self._finish(slot, "length")
+                    break
+
+    def _extend_pending(self) -> set[int]:
+        """Run pending tokens of several requests, together at most one chunk.
+
+        Returns:
+          Slots that drew a token; they wait for the next turn.
+        """
+        budget, extended = self.backend.chunk, set()
+        count = len(self._tasks)
+        self._turn += 1
+        for slot in sorted(range(count), key=lambda slot: (slot + self._turn) % count):
+            task = self._tasks[slot]
+            if task is None or budget <= 0:
+                continue
+            try:
+                drafted = [] if not task.decoding else self._draft(task)
+                if task.decoding and not drafted:
+                    continue
+                extended.add(slot)
+                if drafted:
+                    budget -= self.backend.scored
+                    self._verify(slot, task, drafted)
+                else:
+                    budget -= self._extend(slot, task, budget)
+            except GlmEdgeError as error:
+                self._finish(slot, "error", str(error))
+        return extended
+
+    def _extend(self, slot: int, task: Task, budget: int) -> int:
+        """Run the next pending tokens of a request; draw a token after the last."""
+        count = min(task.pending, budget)
+        start, end = task.rows, task.rows + count
+        scores = self.backend.extend(
+            slot,
+            start,
+            task.text[start:end],
+            task.positions(start, end),
+            self._features_of(task, start, end),
+            False,
+        )
+        self.counters.chunks += 1
+        self.counters.prompt_tokens += max(0, min(end, task.prompt_length) - start)
+        task.rows = end
+        if start < task.prompt_length <= end:
+            # At once, so that requests with the same prompt need not wait for the answer.
+            self._store(slot, task.keys)
+        if end == task.length:
+            drawn = self._drawn_for(slot, task, scores, [task.length], [task.matcher])
+            self._take(slot, task, drawn, 0)
+        return count
+
+    def _draft(self, task: Task) -> list[int]:
+        return task.draft(self.backend.scored - 1)
+
+    def _verify(self, slot: int, task: Task, drafted: list[int]) -> None:
+        """Run the newest token and a draft at once; keep the draft as far as it is drawn too."""
+        matchers, matcher = [task.matcher], task.matcher
+        if matcher is not None:
+            for index, token in enumerate(drafted):
+                if not _bit(matcher.allowed(), token):
+                    drafted = drafted[:index]
+                    break
+                matcher = matcher.copy()
+                matcher.accept(token)
+                matchers.append(matcher)
+        else:
+            matchers *= len(drafted) + 1
+        start, end = task.rows, task.rows + 1 + len(drafted)
+        task.text[task.length : task.length + len(drafted)] = drafted
+        scores = self.backend.extend(
+            slot, start, task.text[start:end], task.positions(start, end), None, True
+        )
+        self.counters.chunks += 1
+        lengths = list(range(task.length, task.length + len(drafted) + 1))
+        drawn = self._drawn_for(slot, task, scores, lengths, matchers)
+        tokens, accepted = np.asarray(drawn.tokens), 0
+        for index in range(len(lengths)):
+            agrees = index < len(drafted) and int(tokens[index]) == drafted[index]
+            # The row of the token before the one that is drawn.
+            task.rows = start + index + 1
+            accepted += agrees
+            self._take(slot, task, drawn, index)
+            if self._tasks[slot] is not task or not agrees:
+                break
+        task.usage.accepted_draft_tokens += accepted
+        task.usage.rejected_draft_tokens += len(drafted) - accepted
+
+    def _step(self, extended: set[int]) -> None:
+        """Feed the newest token of every decoding request, and draw the next."""
+        decoding = [
+            slot
+            for slot, task in enumerate(self._tasks)
+            if task is not None and task.decoding and slot not in extended
+        ]
+        if not decoding:
+            return
+        count = decoding[-1] + 1
+        tokens, lengths, positions = (np.zeros(count, np.int32) for _ in range(3))
+        text_lengths, prompt_lengths = (np.ones(count, np.int32) for _ in range(2))
+        for slot, task in enumerate(self._tasks[:count]):
+            if task is None:
+                continue
+            # A row that is not decoding writes where its next pending token will.
+            lengths[slot] = task.rows
+            if slot in decoding:
+                tokens[slot] = task.text[task.rows]
+                positions[slot] = task.position(task.rows)
+                text_lengths[slot], prompt_lengths[slot] = task.length, task.prompt_length
+                self._allowed[slot] = task.allowed(self._everything)
+        scores = self.backend.step(tokens, lengths, positions)
+        rows = scores.shape[0]
+        rules = jax.tree.map(lambda values: values[:rows], self._rules)
+        text = RowText(
+            tokens=self._texts[:rows],
+            prompt_lengths=_resized(prompt_lengths, rows),
+            lengths=_resized(text_lengths, rows),
+            seeds=self._seeds[:rows],
+            allowed=self._allowed[:rows],
+        )
+        wanted = any(task is not None and task.request.logprobs for task in self._tasks)
+        drawn = jax.device_get(_draw(scores, rules, text, wanted))
+        self.counters.steps += 1
+        for slot in decoding:
+            task = self._tasks[slot]
+            assert task is not None
+            task.rows += 1
+            self._take(slot, task, drawn, slot)
+
+    def _drawn_for(
+        self, slot: int, task: Task, scores: Any, lengths: list[int], matchers: list[Any]
+    ) -> Drawn:
+        """Draw the tokens after several beginnings of one request's text."""
+        rows = scores.shape[0]
+        index = np.minimum(np.arange(rows), len(lengths) - 1)
+        rules = jax.tree.map(lambda values: values[[slot] * rows], self._rules)
+        allowed = np.tile(self._everything, (rows, 1))
+        current, generated = task.matcher, task.length
+        for row, (length, matcher) in enumerate(zip(lengths, matchers, strict=True)):
+            task.matcher, task.length = matcher, length
+            allowed[row] = task.allowed(self._everything)
+        task.matcher, task.length = current, generated
+        text = RowText(
+            tokens=np.tile(task.text, (rows, 1)),
+            prompt_lengths=np.full(rows, task.prompt_length, np.int32),
+            lengths=np.array(lengths, np.int32)[index],
+            seeds=np.full(rows, task.handle.seed, np.uint32),
+            allowed=allowed,
+        )
+        return jax.device_get(_draw(scores, rules, text, task.request.logprobs))
+
+    def _take(self, slot: int, task: Task, drawn: Drawn, row: int) -> None:
+        """Append a drawn token and deliver it, or end the request."""
+        if not drawn.finite[row]:
+            self._finish(slot, "error", "the model's scores are NaN or infinite")
+            return
+        token = int(drawn.tokens[row])
+        if token in task.stop_tokens:
+            self._finish(slot, "stop")
+            return
+        facts: dict[str, Any] = {}
+        if task.request.logprobs:
+            pairs = zip(drawn.top_tokens[row], drawn.top_logprobs[row], strict=True)
+            facts["logprob"] = float(drawn.logprobs[row])
+            facts["top"] = tuple((int(other), float(value)) for other, value in pairs)
+        task.append(token)
+        self.counters.generated_tokens += 1
+        task.deliver_token(token, **facts)
+        if task.length >= task.limit:
+            self._finish(slot, "length")
+
+    def _finish(self, slot: int, reason: str, error: str | None = None) -> None:
+        task = self._tasks[slot]
+        assert task is not None
+        if error is None and task.rows >= BLOCK:
+            written = task.text[: task.rows]
+            self._store(slot, block_keys(written, task.prompt.media))
+        self._tasks[slot] = None
+        task.finish(reason, error)
+
+    def _store(self, slot: int, keys: list[bytes]) -> None:
+        """Copy the blocks of a text that are not stored yet to the prefix cache."""
+        for index in range(self.prefix_cache.missing(keys), len(keys)):
+            rows = self.backend.copy_out(slot, index * BLOCK)
+            if not self.prefix_cache.store(keys, index, rows):
+                return
+
+    def _features_of(self, task: Task, start: int, end: int) -> np.ndarray | None:
+        """Return features [T, D] at the placeholders of tokens `start..end`, or None."""
+        features = None
+        for media in task.prompt.media:
+            first, last = max(start, media.start), min(end, media.start + media.count)
+            if first >= last:
+                continue
+            if features is None:
+                width = self.backend.config.decoder.hidden_size
+                features = np.zeros((end - start, width), np.float32)
+            encoded = self._encoded(media)
+            features[first - start : last - start] = encoded[
+                first - media.start : last - media.start
+            ]
+        return features
+
+    def _encoded(self, media: Any) -> np.ndarray:
+        """Encode an item, or return the features that are kept."""
+        features = self._features.get(media.key)
+        if features is None:
+            features = self.backend.encode(media)
+            self._features[media.key] = features
+            total = sum(kept.nbytes for kept in self._features.values())
+            while total > self._feature_bytes and len(self._features) > 1:
+                total -= self._features.popitem(last=False)[1].nbytes
+        self._features.move_to_end(media.key)
+        return features
+
+
+def _bit(words: np.ndarray, index: int) -> bool:
+    return bool(int(np.asarray(words).view(np.uint32)[index // 32]) >> (index % 32) & 1)
+
+
+def _resized(values: np.ndarray, rows: int) -> np.ndarray:
+    """Pad to a count of rows with ones."""
+    return np.pad(values, (0, rows - len(values)), constant_values=1)

@@ -1,0 +1,288 @@
+"""The model in JAX behind the engine: boxed or dense parameters, static slots, three programs.
+
+`encode` compiles per image size, `extend` per chunk length, `step` per number of rows; `extend` and
+`step` also per number of attended rows. All other sizes are arguments, so no request compiles
+anything after `warm_up`, except an image of a new size.
+
+Letters of shapes: `B` slots, `N` rows of a call, `T` tokens, `S` cache rows, `A` attended rows, `D`
+hidden size, `V` vocabulary.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from glm_edge.errors import DataError
+from glm_edge.generate.options import DecodeOptions
+from glm_edge.models.glm import init_cache
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
+from glm_edge.serve.backend import BLOCK, Media
+
+# Chunk lengths of `extend`; the first returns scores of all its tokens.
+LENGTHS = (16, 64, 256)
+
+
+class JaxBackend:
+    """A model in JAX with a static cache of several slots.
+
+    See `glm_edge.serve.backend.Backend` for the methods.
+    """
+
+    def __init__(
+        self,
+        model: MultimodalGLM,
+        params: Params,
+        num_slots: int = 16,
+        capacity: int | None = None,
+        cache_dtype: Any = "float32",
+        lengths: Sequence[int] = LENGTHS,
+    ):
+        """Allocate the cache.
+
+        Args:
+          model: the model.
+          params: its parameters, boxed or not.
+          num_slots: number of slots.
+          capacity: most tokens of a prompt and its answer; None takes the context length.
+          cache_dtype: as in `DecodeOptions`.
+          lengths: chunk lengths of `extend`, in ascending order.
+
+        Raises:
+          DataError: a size is not positive, or exceeds the context length, or a cache cannot have
+            this type.
+        """
+        context = model.config.decoder.max_position_embeddings
+        capacity = context if capacity is None else capacity
+        if num_slots < 1 or not 1 <= capacity <= context:
+            raise DataError(
+                f"num_slots must be positive and capacity in 1..{context} (the context length), "
+                f"got {num_slots} and {capacity}"
+            )
+        self.config = model.config
+        self.num_slots, self.capacity = num_slots, capacity
+        self.scored, self.chunk = lengths[0], lengths[-1]
+        self._model, self._params, self._lengths = model, params, tuple(lengths)
+        # A padded chunk must not reach beyond the last row.
+        rows = -(-(capacity + self.chunk) // BLOCK) * BLOCK
+        self._attended = sorted({min(512, rows), rows})
+        self._widths = sorted({1, min(4, num_slots), num_slots})
+        dtype = DecodeOptions(cache_dtype=cache_dtype).cache_dtype
+        self._layers = init_cache(model.config.decoder, num_slots, rows, dtype)["layers"]
+
+    def encode(self, media: Media) -> np.ndarray:
+        """Encode one image or one chunk of speech; compiles per size."""
+        frames = None if media.frames is None else np.array([media.frames], np.int32)
+        features = _encode(self._model, media.kind, self._params, media.array, frames)
+        return np.asarray(features, np.float32)[: media.count]
+
+    def extend(
+        self,
+        slot: int,
+        start: int,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        features: np.ndarray | None,
+        all_scores: bool,
+    ) -> Array:
+        """Append a chunk, padded on the right to one of the compiled lengths."""
+        count = len(tokens)
+        length = next(length for length in self._lengths if length >= count)
+        padding = (0, length - count)
+        if features is None:
+            features = np.zeros((count, self.config.decoder.hidden_size), np.float32)
+        scores, self._layers = _extend(
+            self._model,
+            self._attend(start + length),
+            all_scores,
+            self._params,
+            self._layers,
+            np.int32(slot),
+            np.int32(start),
+            np.pad(tokens, padding)[None],
+            np.pad(positions, ((0, 0), padding)),
+            np.pad(features, (padding, (0, 0)))[None],
+            np.int32(count),
+        )
+        return scores
+
+    def step(self, tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> Array:
+        """Append one token to each of the first slots; the rows are padded to a compiled count."""
+        width = next(width for width in self._widths if width >= len(tokens))
+        padding = (0, width - len(tokens))
+        scores, self._layers = _step(
+            self._model,
+            self._attend(int(lengths.max()) + 1),
+            self._params,
+            self._layers,
+            np.pad(tokens, padding),
+            np.pad(lengths, padding),
+            np.pad(positions, padding),
+        )
+        return scores
+
+    def copy_out(self, slot: int, start: int) -> Any:
+        """Copy rows to new arrays."""
+        return _copy_out(self._layers, np.int32(slot), np.int32(start))
+
+    def copy_in(self, slot: int, start: int, rows: Any) -> None:
+        """Write copied rows."""
+        self._layers = _copy_in(self._layers, rows, np.int32(slot), np.int32(start))
+
+    def block_bytes(self) -> int:
+        """Return the bytes of `BLOCK` rows of all layers."""
+        leaves = jax.tree.leaves(self._layers)
+        return sum(leaf.nbytes // (leaf.shape[0] * leaf.shape[1]) * BLOCK for leaf in leaves)
+
+    def warm_up(self) -> None:
+        """Compile every program but those of images; slots then hold nothing of value."""
+        axes = 3 if self.config.decoder.mrope_section else 1
+        for attended in self._attended:
+            for length in self._lengths:
+                start = 0 if attended == self._attended[0] else attended - length
+                if start + length > attended:
+                    continue
+                positions = np.zeros((axes, length), np.int32)
+                for all_scores in {False, length == self.scored}:
+                    tokens = np.zeros(length, np.int32)
+                    self.extend(0, start, tokens, positions, None, all_scores)
+            for width in self._widths:
+                zeros = np.zeros(width, np.int32)
+                self.step(zeros, np.full(width, attended - 1, np.int32), zeros)
+        self.copy_in(0, 0, self.copy_out(0, 0))
+        jax.block_until_ready(self._layers)
+
+    def _attend(self, length: int) -> int:
+        return next(rows for rows in self._attended if rows >= length)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(
+    model: MultimodalGLM, kind: str, params: Params, array: Array, frames: Array | None
+) -> Array:
+    run = functools.partial(model.apply, {"params": params})
+    if kind == "image":
+        return run([array], method="encode_images")
+    features = run(array[None], frames, method="encode_audio")
+    return features[0] if features.ndim == 3 else features
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _extend(
+    model: MultimodalGLM,
+    attended: int,
+    all_scores: bool,
+    params: Params,
+    layers: Any,
+    slot: Array,
+    start: Array,
+    tokens: Array,
+    positions: Array,
+    features: Array,
+    count: Array,
+) -> tuple[Array, Any]:
+    """Append `count` of the [1, T] tokens to one slot; return scores [T or 1, V] and the cache."""
+    config = model.config
+    placeholder = jnp.zeros(tokens.shape, bool)
+    for token in (config.image_token_id, config.audio_token_id):
+        if token is not None:
+            placeholder |= tokens == token
+    x: Any = model.apply({"params": params}, tokens, method=lambda module, t: module.embed(t))
+    x = jnp.where(placeholder[..., None], features.astype(x.dtype), x)
+    positions = positions[:, None] if config.decoder.mrope_section else positions
+    final, layers = _run(model, params, layers, slot, start[None], x, positions, attended)
+    if not all_scores:
+        final = jax.lax.dynamic_slice_in_dim(final, count - 1, 1, axis=1)
+    scores: Any = model.apply({"params": params}, final, method="predict")
+    return scores[0].astype(jnp.float32), layers
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _step(
+    model: MultimodalGLM,
+    attended: int,
+    params: Params,
+    layers: Any,
+    tokens: Array,
+    lengths: Array,
+    positions: Array,
+) -> tuple[Array, Any]:
+    """Append a token [N] to each of the first slots; return scores [N, V] and the cache."""
+    run = functools.partial(model.apply, {"params": params})
+    x: Any = run(tokens[:, None], method=lambda module, t: module.embed(t))
+    positions = positions[:, None]
+    if model.config.decoder.mrope_section:
+        positions = jnp.broadcast_to(positions, (3, *positions.shape))
+    first = jnp.zeros((), jnp.int32)
+    final, layers = _run(model, params, layers, first, lengths, x, positions, attended)
+    scores: Any = run(final, method="predict")
+    return scores[:, 0].astype(jnp.float32), layers
+
+
+def _run(
+    model: MultimodalGLM,
+    params: Params,
+    layers: Any,
+    first: Array,
+    starts: Array,
+    x: Array,
+    positions: Array,
+    attended: int,
+) -> tuple[Array, Any]:
+    """Run the decoder on x [N, T, D] behind the rows of `N` slots from `first` on.
+
+    Only the first `attended` rows of these slots are read, and only the new rows are written back,
+    so that the time does not depend on the size of the cache.
+    """
+    count, length = x.shape[:2]
+    sizes = (count, attended)
+
+    def read(array: Array) -> Array:
+        start = (first, *(0,) * (array.ndim - 1))
+        return jax.lax.dynamic_slice(array, start, (*sizes, *array.shape[2:]))
+
+    def write(array: Array, updated: Array) -> Array:
+        def take(rows: Array, start: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(rows, start, length)
+
+        def put(array: Array, row: Array) -> Array:
+            start = (first + row, starts[row], *(0,) * (array.ndim - 2))
+            return jax.lax.dynamic_update_slice(array, new[row][None], start)
+
+        new = jax.vmap(take)(updated, starts)
+        for row in range(count):
+            array = put(array, jnp.int32(row))
+        return array
+
+    query_rows = starts[:, None] + jnp.arange(length)
+    mask = (jnp.arange(attended) <= query_rows[..., None])[:, None]
+    cache = {"layers": jax.tree.map(read, layers), "length": starts}
+
+    def decode(module: MultimodalGLM, x: Array) -> tuple[Array, Any]:
+        final, _, updated = module.decoder(x, positions, mask, cache)
+        return final, updated
+
+    final, updated = model.apply({"params": params}, x, method=decode)
+    return final, jax.tree.map(write, layers, updated["layers"])
+
+
+@jax.jit
+def _copy_out(layers: Any, slot: Array, start: Array) -> Any:
+    def take(array: Array) -> Array:
+        at = (slot, start, *(0,) * (array.ndim - 2))
+        return jax.lax.dynamic_slice(array, at, (1, BLOCK, *array.shape[2:]))
+
+    return jax.tree.map(take, layers)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _copy_in(layers: Any, rows: Any, slot: Array, start: Array) -> Any:
+    def put(array: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice(array, new, (slot, start, *(0,) * (array.ndim - 2)))
+
+    return jax.tree.map(put, layers, rows)
