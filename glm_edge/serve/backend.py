@@ -94,6 +94,7 @@ class Backend(Protocol):
         tokens: np.ndarray,
         positions: np.ndarray,
         features: np.ndarray | None,
+        placed: np.ndarray,
         all_scores: bool,
     ) -> Any:
         """Append tokens to the text of a slot.
@@ -103,7 +104,8 @@ class Backend(Protocol):
           start: number of tokens that the slot already holds.
           tokens: int32 [T], at most `chunk`, or `scored` with `all_scores`.
           positions: int32 [1, T] or [3, T].
-          features: float32 [T, D] to use at placeholders, or None without placeholders.
+          features: float32 [T, D] of images and recordings, or None without any.
+          placed: bool [T], True where a feature replaces the embedded token.
           all_scores: returns scores of all tokens instead of the last only.
 
         Returns:
@@ -111,17 +113,20 @@ class Backend(Protocol):
         """
         ...
 
-    def step(self, tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> Any:
-        """Append one token to each of the first slots.
+    def step(
+        self, tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray, count: int
+    ) -> Any:
+        """Append one token to each of the first slots, and possibly to others.
 
         Args:
-          tokens: int32 [N], for slots 0..N-1.
-          lengths: int32 [N], tokens that each slot already holds. A slot that is not running
-            takes any token: the engine overwrites that place later.
-          positions: int32 [N].
+          tokens: int32 [B].
+          lengths: int32 [B], tokens that each slot already holds. A slot that is not decoding
+            takes any token there: the engine overwrites that place later.
+          positions: int32 [B].
+          count: number of first slots whose scores are needed.
 
         Returns:
-          Scores of the next tokens, [N or more, V].
+          Scores of the next tokens, [`count` or more, V].
         """
         ...
 

@@ -8,7 +8,6 @@ alone with the same seed, whatever runs beside it.
 
 import heapq
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -369,7 +368,7 @@ class Engine:
             start,
             task.text[start:end],
             task.positions(start, end),
-            self._features_of(task, start, end),
+            *self._features_of(task, start, end),
             False,
         )
         self.counters.chunks += 1
@@ -401,9 +400,9 @@ class Engine:
             matchers *= len(drafted) + 1
         start, end = task.rows, task.rows + 1 + len(drafted)
         task.text[task.length : task.length + len(drafted)] = drafted
-        scores = self.backend.extend(
-            slot, start, task.text[start:end], task.positions(start, end), None, True
-        )
+        tokens, positions = task.text[start:end], task.positions(start, end)
+        nowhere = np.zeros(len(tokens), bool)
+        scores = self.backend.extend(slot, start, tokens, positions, None, nowhere, True)
         self.counters.chunks += 1
         lengths = list(range(task.length, task.length + len(drafted) + 1))
         drawn = self._drawn_for(slot, task, scores, lengths, matchers)
@@ -428,10 +427,10 @@ class Engine:
         ]
         if not decoding:
             return
-        count = decoding[-1] + 1
-        tokens, lengths, positions = (np.zeros(count, np.int32) for _ in range(3))
-        text_lengths, prompt_lengths = (np.ones(count, np.int32) for _ in range(2))
-        for slot, task in enumerate(self._tasks[:count]):
+        slots = len(self._tasks)
+        tokens, lengths, positions = (np.zeros(slots, np.int32) for _ in range(3))
+        text_lengths, prompt_lengths = (np.ones(slots, np.int32) for _ in range(2))
+        for slot, task in enumerate(self._tasks):
             if task is None:
                 continue
             # A row that is not decoding writes where its next pending token will.
@@ -441,13 +440,13 @@ class Engine:
                 positions[slot] = task.position(task.rows)
                 text_lengths[slot], prompt_lengths[slot] = task.length, task.prompt_length
                 self._allowed[slot] = task.allowed(self._everything)
-        scores = self.backend.step(tokens, lengths, positions)
+        scores = self.backend.step(tokens, lengths, positions, decoding[-1] + 1)
         rows = scores.shape[0]
         rules = jax.tree.map(lambda values: values[:rows], self._rules)
         text = RowText(
             tokens=self._texts[:rows],
-            prompt_lengths=_resized(prompt_lengths, rows),
-            lengths=_resized(text_lengths, rows),
+            prompt_lengths=prompt_lengths[:rows],
+            lengths=text_lengths[:rows],
             seeds=self._seeds[:rows],
             allowed=self._allowed[:rows],
         )
@@ -518,9 +517,11 @@ class Engine:
             if not self.prefix_cache.store(keys, index, rows):
                 return
 
-    def _features_of(self, task: Task, start: int, end: int) -> np.ndarray | None:
-        """Return features [T, D] at the placeholders of tokens `start..end`, or None."""
-        features = None
+    def _features_of(
+        self, task: Task, start: int, end: int
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """Return features [T, D] of tokens `start..end`, or None, and where they belong [T]."""
+        features, placed = None, np.zeros(end - start, bool)
         for media in task.prompt.media:
             first, last = max(start, media.start), min(end, media.start + media.count)
             if first >= last:
@@ -529,10 +530,10 @@ class Engine:
                 width = self.backend.config.decoder.hidden_size
                 features = np.zeros((end - start, width), np.float32)
             encoded = self._encoded(media)
-            features[first - start : last - start] = encoded[
-                first - media.start : last - media.start
-            ]
-        return features
+            inside = slice(first - start, last - start)
+            features[inside] = encoded[first - media.start : last - media.start]
+            placed[inside] = True
+        return features, placed
 
     def _encoded(self, media: Any) -> np.ndarray:
         """Encode an item, or return the features that are kept."""
@@ -550,7 +551,3 @@ class Engine:
 def _bit(words: np.ndarray, index: int) -> bool:
     return bool(int(np.asarray(words).view(np.uint32)[index // 32]) >> (index % 32) & 1)
 
-
-def _resized(values: np.ndarray, rows: int) -> np.ndarray:
-    """Pad to a count of rows with ones."""
-    return np.pad(values, (0, rows - len(values)), constant_values=1)

@@ -88,6 +88,7 @@ class JaxBackend:
         tokens: np.ndarray,
         positions: np.ndarray,
         features: np.ndarray | None,
+        placed: np.ndarray,
         all_scores: bool,
     ) -> Array:
         """Append a chunk, padded on the right to one of the compiled lengths."""
@@ -107,22 +108,24 @@ class JaxBackend:
             np.pad(tokens, padding)[None],
             np.pad(positions, ((0, 0), padding)),
             np.pad(features, (padding, (0, 0)))[None],
+            np.pad(placed, padding)[None],
             np.int32(count),
         )
         return scores
 
-    def step(self, tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> Array:
-        """Append one token to each of the first slots; the rows are padded to a compiled count."""
-        width = next(width for width in self._widths if width >= len(tokens))
-        padding = (0, width - len(tokens))
+    def step(
+        self, tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray, count: int
+    ) -> Array:
+        """Append one token to each of the first slots, as many as one of the compiled counts."""
+        width = next(width for width in self._widths if width >= count)
         scores, self._layers = _step(
             self._model,
-            self._attend(int(lengths.max()) + 1),
+            self._attend(int(lengths[:width].max()) + 1),
             self._params,
             self._layers,
-            np.pad(tokens, padding),
-            np.pad(lengths, padding),
-            np.pad(positions, padding),
+            tokens[:width],
+            lengths[:width],
+            positions[:width],
         )
         return scores
 
@@ -150,10 +153,10 @@ class JaxBackend:
                 positions = np.zeros((axes, length), np.int32)
                 for all_scores in {False, length == self.scored}:
                     tokens = np.zeros(length, np.int32)
-                    self.extend(0, start, tokens, positions, None, all_scores)
+                    self.extend(0, start, tokens, positions, None, tokens > 0, all_scores)
             for width in self._widths:
                 zeros = np.zeros(width, np.int32)
-                self.step(zeros, np.full(width, attended - 1, np.int32), zeros)
+                self.step(zeros, np.full(width, attended - 1, np.int32), zeros, width)
         self.copy_in(0, 0, self.copy_out(0, 0))
         jax.block_until_ready(self._layers)
 
@@ -184,17 +187,13 @@ def _extend(
     tokens: Array,
     positions: Array,
     features: Array,
+    placed: Array,
     count: Array,
 ) -> tuple[Array, Any]:
     """Append `count` of the [1, T] tokens to one slot; return scores [T or 1, V] and the cache."""
-    config = model.config
-    placeholder = jnp.zeros(tokens.shape, bool)
-    for token in (config.image_token_id, config.audio_token_id):
-        if token is not None:
-            placeholder |= tokens == token
     x: Any = model.apply({"params": params}, tokens, method=lambda module, t: module.embed(t))
-    x = jnp.where(placeholder[..., None], features.astype(x.dtype), x)
-    positions = positions[:, None] if config.decoder.mrope_section else positions
+    x = jnp.where(placed[..., None], features.astype(x.dtype), x)
+    positions = positions[:, None] if model.config.decoder.mrope_section else positions
     final, layers = _run(model, params, layers, slot, start[None], x, positions, attended)
     if not all_scores:
         final = jax.lax.dynamic_slice_in_dim(final, count - 1, 1, axis=1)

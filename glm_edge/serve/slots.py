@@ -153,9 +153,13 @@ class Task:
         if most < 1 or (request.draft is None and not request.prompt_lookup):
             return []
         text = self.text[: self.length]
-        proposed: Sequence[int] = ()
+        proposed: Sequence[int] | np.ndarray = ()
         if request.draft is not None:
-            proposed = _continuation(np.asarray(request.draft), text[self.prompt_length :], most)
+            source, answer = np.asarray(request.draft), text[self.prompt_length :]
+            if np.array_equal(source[: len(answer)], answer):
+                proposed = source[len(answer) : len(answer) + most]
+            else:
+                proposed = _continuation(source, answer, most)
         if not len(proposed) and request.prompt_lookup:
             proposed = _continuation(text[:-1], text, most)
         return [int(token) for token in proposed if token not in self.stop_tokens]
@@ -163,8 +167,6 @@ class Task:
 
 def _continuation(source: np.ndarray, text: np.ndarray, most: int) -> np.ndarray:
     """Return what follows in `source` after the last place where the end of `text` occurs."""
-    if len(text) <= LONGEST_RUN and (source[: len(text)] == text).all():
-        return source[len(text) : len(text) + most]
     for run in range(min(LONGEST_RUN, len(text)), SHORTEST_RUN - 1, -1):
         if len(source) <= run:
             continue
