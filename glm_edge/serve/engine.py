@@ -22,7 +22,8 @@ from glm_edge.errors import DataError, GlmEdgeError
 from glm_edge.generate.row_sampling import MAX_BIASES, Drawn, RowRules, RowText, draw_rows
 from glm_edge.generate.sampling import Sampling
 from glm_edge.serve.backend import BLOCK, Backend, ready_prompt
-from glm_edge.serve.prefix_cache import PrefixCache, block_keys
+from glm_edge.serve.prefix_cache import PrefixCache
+from glm_edge.serve.pruning import pruned_prompt
 from glm_edge.serve.requests import Event, Handle, Request
 from glm_edge.serve.slots import Task
 
@@ -143,6 +144,10 @@ class Engine:
             raise DataError(f"max_new_tokens must be positive, got {request.max_new_tokens}")
         if len(request.sampling.logit_bias) > MAX_BIASES:
             raise DataError(f"logit_bias has more than {MAX_BIASES} tokens")
+        if request.exit_threshold is not None and self.backend.exits is None:
+            raise DataError("this service has no exits for early exit")
+        if request.vision_tokens is not None and request.vision_tokens.layer:
+            raise DataError("a service prunes vision tokens before the first layer only: layer=0")
         count = int(request.inputs.valid.sum())
         if count >= capacity:
             raise ContextLengthError(
@@ -300,6 +305,11 @@ class Engine:
         if task.saved is not None:
             saved, task.saved = task.saved, None
         else:
+            if task.request.vision_tokens is not None:
+                encoded = [self._encoded(media) for media in task.prompt.media]
+                task.begin_with(pruned_prompt(task.prompt, encoded, task.request.vision_tokens))
+                dropped = sum(media.count - len(media.places) for media in task.prompt.media)
+                task.usage.dropped_image_tokens = dropped
             # At least one token must run, for the scores of the next.
             keys = task.keys[: (task.prompt_length - 1) // BLOCK]
             saved = self.prefix_cache.acquire(keys)
@@ -440,7 +450,17 @@ class Engine:
                 positions[slot] = task.position(task.rows)
                 text_lengths[slot], prompt_lengths[slot] = task.length, task.prompt_length
                 self._allowed[slot] = task.allowed(self._everything)
-        scores = self.backend.step(tokens, lengths, positions, decoding[-1] + 1)
+        arguments = tokens, lengths, positions, decoding[-1] + 1
+        thresholds = self._thresholds(decoding)
+        if thresholds is None:
+            scores = self.backend.step(*arguments)
+        else:
+            scores, layers = self.backend.step_until_sure(*arguments, thresholds)
+            for slot, used in zip(decoding, np.asarray(layers)[decoding], strict=True):
+                task = self._tasks[slot]
+                assert task is not None
+                total = self.backend.config.decoder.num_layers
+                task.usage.skipped_layers += total - int(used)
         rows = scores.shape[0]
         rules = jax.tree.map(lambda values: values[:rows], self._rules)
         text = RowText(
@@ -458,6 +478,18 @@ class Engine:
             assert task is not None
             task.rows += 1
             self._take(slot, task, drawn, slot)
+
+    def _thresholds(self, decoding: list[int]) -> np.ndarray | None:
+        """Return the thresholds of early exit per slot, or None if no request has one."""
+        thresholds = np.full(len(self._tasks), -1, np.float32)
+        wanted = False
+        for slot in decoding:
+            task = self._tasks[slot]
+            assert task is not None
+            threshold = task.request.exit_threshold
+            wanted = wanted or threshold is not None
+            thresholds[slot] = 2 if threshold is None else threshold
+        return thresholds if wanted else None
 
     def _drawn_for(
         self, slot: int, task: Task, scores: Any, lengths: list[int], matchers: list[Any]
@@ -505,8 +537,7 @@ class Engine:
         task = self._tasks[slot]
         assert task is not None
         if error is None and task.rows >= BLOCK:
-            written = task.text[: task.rows]
-            self._store(slot, block_keys(written, task.prompt.media))
+            self._store(slot, task.written_keys())
         self._tasks[slot] = None
         task.finish(reason, error)
 
@@ -523,16 +554,15 @@ class Engine:
         """Return features [T, D] of tokens `start..end`, or None, and where they belong [T]."""
         features, placed = None, np.zeros(end - start, bool)
         for media in task.prompt.media:
-            first, last = max(start, media.start), min(end, media.start + media.count)
-            if first >= last:
+            inside = (start <= media.places) & (media.places < end)
+            if not inside.any():
                 continue
             if features is None:
                 width = self.backend.config.decoder.hidden_size
                 features = np.zeros((end - start, width), np.float32)
-            encoded = self._encoded(media)
-            inside = slice(first - start, last - start)
-            features[inside] = encoded[first - media.start : last - media.start]
-            placed[inside] = True
+            at = media.places[inside] - start
+            features[at] = self._encoded(media)[media.offsets[inside]]
+            placed[at] = True
         return features, placed
 
     def _encoded(self, media: Any) -> np.ndarray:
@@ -550,4 +580,3 @@ class Engine:
 
 def _bit(words: np.ndarray, index: int) -> bool:
     return bool(int(np.asarray(words).view(np.uint32)[index // 32]) >> (index % 32) & 1)
-

@@ -28,6 +28,7 @@ class RunnerBackend:
         self.num_slots, self.capacity = 1, runner.cache_slots
         self.chunk = max(runner.prefill_lengths, default=1)
         self.scored = min(SCORED, self.chunk)
+        self.exits = None
         self._runner = runner
         self._cache = runner.empty_cache()
 
@@ -79,6 +80,12 @@ class RunnerBackend:
         axes = np.broadcast_to(positions[:1], (3, 1))
         nowhere = np.zeros(1, bool)
         return self.extend(0, int(lengths[0]), tokens[:1], axes, None, nowhere, False)
+
+    def step_until_sure(
+        self, tokens: Any, lengths: Any, positions: Any, count: int, thresholds: Any
+    ) -> tuple[Any, Any]:
+        """Raise: a file has no exits."""
+        raise NotImplementedError("an exported file has no exits")
 
     def copy_out(self, slot: int, start: int) -> Any:
         """Copy rows of keys and values, which differ in the axis of slots."""

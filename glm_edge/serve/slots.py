@@ -43,21 +43,29 @@ class Task:
           order: number of the submission.
           capacity: most tokens of the text.
         """
-        self.handle, self.prompt, self.order = handle, prompt, order
-        self.keys = block_keys(prompt.tokens, prompt.media)
-        count = len(prompt.tokens)
-        self.limit = min(capacity, count + self.request.max_new_tokens)
+        self.handle, self.order = handle, order
         self.text = np.zeros(capacity, np.int32)
-        self.text[:count] = prompt.tokens
-        self.length, self.rows = count, 0
+        self.usage = Usage()
         self.saved: list[Any] | None = None
         self.stop_tokens = frozenset(self.request.stop_tokens)
         self.matcher = None if self.request.matcher is None else self.request.matcher.copy()
-        self.usage = Usage(
-            prompt_tokens=count,
-            image_tokens=prompt.media_tokens("image"),
-            audio_tokens=prompt.media_tokens("audio"),
-        )
+        self.begin_with(prompt)
+
+    def begin_with(self, prompt: ReadyPrompt) -> None:
+        """Set the prompt, before anything runs."""
+        self.prompt, count = prompt, len(prompt.tokens)
+        self.keys = block_keys(prompt.tokens, prompt.positions, prompt.media)
+        self.limit = min(len(self.text), count + self.request.max_new_tokens)
+        self.text[:count] = prompt.tokens
+        self.length, self.rows = count, 0
+        self.usage.prompt_tokens = count
+        self.usage.image_tokens = prompt.media_tokens("image")
+        self.usage.audio_tokens = prompt.media_tokens("audio")
+
+    def written_keys(self) -> list[bytes]:
+        """Return the keys of the complete blocks of all tokens that have rows."""
+        positions = self.positions(0, self.rows)
+        return block_keys(self.text[: self.rows], positions, self.prompt.media)
 
     @property
     def request(self) -> Request:

@@ -1,5 +1,6 @@
 """The engine's order of work and its rows, on a backend whose answers depend on every row."""
 
+import itertools
 import threading
 
 import jax
@@ -200,7 +201,7 @@ def test_a_long_prompt_delays_running_answers_by_one_chunk_per_token(serve):
     calls = [call[0] for call in backend.calls]
     chunks = [index for index, call in enumerate(calls) if call == "extend"]
     assert len(chunks) == 8
-    assert all("step" in calls[one:two] for one, two in zip(chunks, chunks[1:], strict=False))
+    assert all("step" in calls[one:two] for one, two in itertools.pairwise(chunks))
 
 
 def test_rows_of_a_common_beginning_are_reused_and_counted(serve):
@@ -236,11 +237,14 @@ def test_an_image_is_encoded_once_and_another_image_is_no_prefix(serve):
         return answer, end.usage
 
     first, usage = ask(images[0])
-    assert usage.image_tokens == count and usage.cached_tokens == 0
+    assert usage.image_tokens == count
+    assert usage.cached_tokens == 0
     again, usage = ask(images[0])
-    assert again == first and usage.cached_tokens > 0
+    assert again == first
+    assert usage.cached_tokens > 0
     other, usage = ask(images[1])
-    assert other != first and usage.cached_tokens == 32
+    assert other != first
+    assert usage.cached_tokens == 32
     assert [call[0] for call in backend.calls].count("encode") == 2
 
 
@@ -257,7 +261,8 @@ def test_forced_tokens_and_accepted_drafts_save_steps(serve):
         tokens, end = engine.submit(request_of(plain, **options)).result()
         saved = getattr(end.usage, field)
         calls = [call for call in backend.calls if call[0] != "encode"]
-        assert saved > 3 and len(calls) <= len(tokens) + 1 - saved // 2
+        assert saved > 3
+        assert len(calls) <= len(tokens) + 1 - saved // 2
     assert end.usage.rejected_draft_tokens == 0
 
 
@@ -272,7 +277,8 @@ def test_an_interactive_request_interrupts_a_background_one_which_goes_on_later(
     urgent = engine.submit(request_of(prompt_of(3, 1), priority=Priority.INTERACTIVE))
     assert urgent.result()[0] == answer_alone(prompt_of(3, 1), Sampling(), 0, 20)
     *_, end = events
-    assert end.usage.preemptions == 1 and end.usage.completion_tokens == 80
+    assert end.usage.preemptions == 1
+    assert end.usage.completion_tokens == 80
 
 
 def test_a_full_queue_and_impossible_requests_are_refused():
@@ -309,7 +315,8 @@ def test_a_failing_backend_ends_requests_with_its_message_and_the_health_check(s
     engine = serve(Broken())
     engine.ping().result(10)
     _, end = engine.submit(request_of(prompt_of(3))).result()
-    assert end.reason == "error" and "out of memory" in end.error
+    assert end.reason == "error"
+    assert "out of memory" in end.error
     engine.close()
     with pytest.raises(ClosedError, match="out of memory"):
         engine.ping()
@@ -339,7 +346,8 @@ def test_a_minimum_of_tokens_and_log_probabilities(serve):
         request_of(prompt_of(6), sampling=sampling, min_new_tokens=3, logprobs=True)
     )
     *tokens, end = handle
-    assert len(tokens) == 3 and end.reason == "stop"
+    assert len(tokens) == 3
+    assert end.reason == "stop"
     scores = jax.nn.log_softmax(scores_after(prompt_of(6)))
     assert tokens[0].logprob == pytest.approx(float(scores[tokens[0].token]), abs=1e-5)
     assert tokens[0].top[0] == (int(scores.argmax()), pytest.approx(float(scores.max()), abs=1e-5))

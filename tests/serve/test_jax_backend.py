@@ -6,7 +6,13 @@ import pytest
 
 import glm_edge as ge
 from glm_edge.errors import DataError
-from glm_edge.generate import DecodeOptions, Sampling, generate
+from glm_edge.generate import (
+    DecodeOptions,
+    Sampling,
+    drop_vision_tokens,
+    early_exit,
+    generate,
+)
 from glm_edge.preprocess import Inputs
 from glm_edge.serve import Engine, JaxBackend, Request, jax_backend
 from tests.tiny_models import AUDIO, IMAGE, init_glm, tiny_config
@@ -19,8 +25,8 @@ COUNT, BLOCK = 8, 32
 def make_engine():
     """Runs requests together on a new engine; returns their tokens, ends and counters."""
 
-    def run(model, params, requests, cache_dtype="float32", num_slots=3, one_by_one=False):
-        backend = JaxBackend(model, params, num_slots, 160, cache_dtype, lengths=(8, 32))
+    def run(model, params, requests, cache_dtype="float32", one_by_one=False, exits=None):
+        backend = JaxBackend(model, params, 3, 160, cache_dtype, lengths=(8, 32), exits=exits)
         engine = Engine(backend)
         engine.start()
         if one_by_one:
@@ -98,7 +104,8 @@ def test_reused_rows_give_the_scores_of_computed_ones(model_of, make_engine):
     first, second = make_engine(
         model, params, [Request(inputs=shorter, max_new_tokens=2), request], one_by_one=True
     )
-    assert first[-1].usage.cached_tokens == 0 and second[-1].usage.cached_tokens == BLOCK
+    assert first[-1].usage.cached_tokens == 0
+    assert second[-1].usage.cached_tokens == BLOCK
     assert tokens_of(second) == tokens_of(alone)
     for one, other in zip(alone[:-1], second[:-1], strict=True):
         np.testing.assert_allclose(
@@ -117,6 +124,48 @@ def test_drafts_and_boxed_parameters_give_the_same_tokens(model_of, make_engine)
     events = make_engine(model, boxed, [drafted])[0]
     assert tokens_of(events) == tokens
     assert events[-1].usage.accepted_draft_tokens == COUNT - 2
+
+
+def test_early_exit_is_a_choice_of_each_request(model_of, make_engine):
+    model, params = model_of
+    exits = early_exit(model, after=[1], threshold=0.03)
+    prompt = prompts_of(model.config)[0]
+    common = {"inputs": prompt, "max_new_tokens": COUNT, "sampling": DRAWN, "seed": 3}
+    requests = [Request(**common, exit_threshold=0.03), Request(**common)]
+    early, full = make_engine(model, params, requests, exits=exits)
+
+    def alone(options):
+        key = jax.random.key(3)
+        return generate(
+            model, params, prompt, COUNT, DRAWN, stop_tokens=(), rng=key, options=options
+        )
+
+    exited = alone(DecodeOptions(early_exit=exits))
+    assert tokens_of(early) == exited.tokens[0].tolist()
+    assert tokens_of(full) == alone(DecodeOptions()).tokens[0].tolist()
+    skipped = model.config.decoder.num_layers * COUNT - int(exited.layers.sum())
+    assert early[-1].usage.skipped_layers == skipped > 0 == full[-1].usage.skipped_layers
+    with pytest.raises(DataError, match="no exits"):
+        make_engine(model, params, requests[:1])
+
+
+@pytest.mark.parametrize("score", ["norm", "novelty"])
+def test_dropped_vision_tokens_are_those_of_generate(model_of, make_engine, score):
+    model, params = model_of
+    options = drop_vision_tokens(model, 0.4, score, layer=0)
+    prompt = prompts_of(model.config)[3]
+    common = {"max_new_tokens": COUNT, "sampling": DRAWN, "seed": 1}
+    request = Request(inputs=prompt, vision_tokens=options, **common)
+    events = make_engine(model, params, [request])[0]
+    decode = DecodeOptions(vision_tokens=options)
+    key = jax.random.key(1)
+    alone = generate(model, params, prompt, COUNT, DRAWN, stop_tokens=(), rng=key, options=decode)
+    assert tokens_of(events) == alone.tokens[0].tolist()
+    usage = events[-1].usage
+    assert (usage.dropped_image_tokens, usage.image_tokens) == (3, 3)
+    attention = Request(inputs=prompt, vision_tokens=drop_vision_tokens(model, 0.5))
+    with pytest.raises(DataError, match="layer=0"):
+        make_engine(model, params, [attention])
 
 
 def test_warm_up_leaves_nothing_to_compile(model_of):
