@@ -213,8 +213,8 @@ def run_tasks(base_url: str) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str]) -> None:
     refuse_arguments(argv)
-    with served(FLAGS.model, FLAGS.base_url) as base_url:
-        records = run_tasks(base_url)
+    with served(FLAGS.model, FLAGS.base_url) as service:
+        records = run_tasks(service.base_url)
     rows = []
     for steps in (None, *sorted({record["steps"] for record in records})):
         group = [r for r in records if steps is None or r["steps"] == steps]

@@ -53,7 +53,9 @@ def test_a_file_answers_as_the_model_with_images_prefixes_and_drafts(engine, mod
 def test_an_urgent_request_interrupts_another_on_the_only_slot(engine, model, dense_params):
     slow, urgent = Inputs([text(8)]), Inputs([text(5, 2)])
     handle = engine.submit(
-        Request(inputs=slow, max_new_tokens=40, sampling=DRAWN, seed=0, priority=Priority.BACKGROUND)
+        Request(
+            inputs=slow, max_new_tokens=40, sampling=DRAWN, seed=0, priority=Priority.BACKGROUND
+        )
     )
     next(iter(handle))
     tokens, _ = answer(engine, urgent, priority=Priority.INTERACTIVE)

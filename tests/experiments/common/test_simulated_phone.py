@@ -73,9 +73,7 @@ def test_the_program_adb_answers_the_clients_calls(phone, tmp_path):
     environment = put_on_path(tmp_path)
 
     def adb(*arguments):
-        return subprocess.run(
-            ["adb", *arguments], env=environment, capture_output=True, text=True
-        )
+        return subprocess.run(["adb", *arguments], env=environment, capture_output=True, text=True)
 
     assert "device" in adb("devices").stdout
     assert KEYBOARD in adb("-s", "emulator-5554", "shell", "ime", "list", "-s").stdout
