@@ -137,8 +137,8 @@ class Replay:
                 return True
             do(phone, action)
             messages.append({"role": "user", "content": parts[1:]})
-            said = f"<think></think><answer>{answer.strip()}</answer>"
-            messages.append({"role": "assistant", "content": said})
+            content = f"<think></think><answer>{answer.strip()}</answer>"
+            messages.append({"role": "assistant", "content": content})
         return False
 
     def _ask(self, messages: list[dict[str, Any]]) -> str:

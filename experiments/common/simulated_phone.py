@@ -114,8 +114,8 @@ class Phone:
                 self._state["keyboard"] = name
                 self._save()
                 return f"Input method {name} selected\n"
-            case ["shell", "am", "broadcast", *rest]:
-                return self._broadcast(rest)
+            case ["shell", "am", "broadcast", *options]:
+                return self._broadcast(options)
             case ["shell", "input", "tap", x, y]:
                 self.act("tap", at=(int(x), int(y)))
             case ["shell", "input", "swipe", x0, y0, x1, y1, *_]:

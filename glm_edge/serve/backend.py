@@ -226,7 +226,8 @@ def prompt_positions(
     offset = np.zeros((3, len(tokens)), np.int32)
     for item in images:
         at = int(item.places[0])
-        for rows, columns in feature_grids([item.array], config.vision_tower):
+        grids: Any = [item.array]
+        for rows, columns in feature_grids(grids, config.vision_tower):
             size = rows * columns
             offset[1, at : at + size] = np.repeat(np.arange(rows), columns)
             offset[2, at : at + size] = np.tile(np.arange(columns), rows)

@@ -145,7 +145,7 @@ class JaxBackend:
         width = next(width for width in self._widths if width >= count)
         exits = None
         if thresholds is not None and self.exits is not None:
-            exits = dataclasses.replace(self.exits, threshold=thresholds[:width])
+            exits = dataclasses.replace(self.exits, threshold=jnp.asarray(thresholds[:width]))
         scores, layers, self._layers = _step(
             self._model,
             self._attend(int(lengths[:width].max()) + 1),
@@ -200,11 +200,11 @@ class JaxBackend:
 def _encode(
     model: MultimodalGLM, kind: str, params: Params, array: Array, frames: Array | None
 ) -> Array:
-    run = functools.partial(model.apply, {"params": params})
     if kind == "image":
-        return run([array], method="encode_images")
-    features = run(array[None], frames, method="encode_audio")
-    return features[0] if features.ndim == 3 else features
+        image: Any = model.apply({"params": params}, [array], method="encode_images")
+        return image
+    speech: Any = model.apply({"params": params}, array[None], frames, method="encode_audio")
+    return speech[0] if speech.ndim == 3 else speech
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -298,7 +298,7 @@ def _read(layers: Any, first: Array, count: int, attended: int) -> Any:
     """Return the first `attended` rows of some slots, so that the time does not depend on `S`."""
 
     def read(array: Array) -> Array:
-        start = (first, *(0,) * (array.ndim - 1))
+        start: Any = (first, *(0,) * (array.ndim - 1))
         return jax.lax.dynamic_slice(array, start, (count, attended, *array.shape[2:]))
 
     return jax.tree.map(read, layers)
@@ -313,7 +313,7 @@ def _write(layers: Any, updated: Any, first: Array, starts: Array, length: int) 
     def write(array: Array, rows: Array) -> Array:
         new = jax.vmap(take)(rows, starts)
         for row in range(len(starts)):
-            start = (first + row, starts[row], *(0,) * (array.ndim - 2))
+            start: Any = (first + row, starts[row], *(0,) * (array.ndim - 2))
             array = jax.lax.dynamic_update_slice(array, new[row][None], start)
         return array
 
@@ -323,7 +323,7 @@ def _write(layers: Any, updated: Any, first: Array, starts: Array, length: int) 
 @jax.jit
 def _copy_out(layers: Any, slot: Array, start: Array) -> Any:
     def take(array: Array) -> Array:
-        at = (slot, start, *(0,) * (array.ndim - 2))
+        at: Any = (slot, start, *(0,) * (array.ndim - 2))
         return jax.lax.dynamic_slice(array, at, (1, BLOCK, *array.shape[2:]))
 
     return jax.tree.map(take, layers)
@@ -332,6 +332,7 @@ def _copy_out(layers: Any, slot: Array, start: Array) -> Any:
 @functools.partial(jax.jit, donate_argnums=0)
 def _copy_in(layers: Any, rows: Any, slot: Array, start: Array) -> Any:
     def put(array: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice(array, new, (slot, start, *(0,) * (array.ndim - 2)))
+        at: Any = (slot, start, *(0,) * (array.ndim - 2))
+        return jax.lax.dynamic_update_slice(array, new, at)
 
     return jax.tree.map(put, layers, rows)

@@ -164,8 +164,8 @@ def block_keys(tokens: np.ndarray, positions: np.ndarray, media: Sequence[Media]
     """
     names: dict[int, bytes] = {}
     for item in media:
-        for place, offset in zip(item.places.tolist(), item.offsets.tolist(), strict=True):
-            names[place] = item.key + offset.to_bytes(4, "little")
+        for index, offset in zip(item.places.tolist(), item.offsets.tolist(), strict=True):
+            names[index] = item.key + offset.to_bytes(4, "little")
     keys, parent = [], b""
     for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
         end = start + BLOCK

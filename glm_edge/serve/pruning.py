@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from glm_edge.generate.token_pruning import NORM, VisionTokens
@@ -27,27 +28,24 @@ def pruned_prompt(
     items = [index for index, media in enumerate(prompt.media) if media.kind == "image"]
     if not items:
         return prompt
-    features = np.concatenate([encoded[index] for index in items])[None]
-    everything = np.ones(features.shape[:2], bool)
+    features = jnp.asarray(np.concatenate([encoded[index] for index in items])[None])
+    everything = jnp.ones(features.shape[:2], bool)
     if options.score == NORM:
         scores = kernels.norm_scores(features)
     else:
         scores = kernels.novelty_scores(features, everything)
     # The margin of `pruning_plan`.
-    count = np.array([math.ceil(options.keep * features.shape[1] - 1e-9)])
+    count = jnp.array([math.ceil(options.keep * features.shape[1] - 1e-9)])
     keep = np.asarray(kernels.top_scores(scores, everything, count))[0]
     remaining = np.ones(len(prompt.tokens), bool)
     places = np.concatenate([prompt.media[index].places for index in items])
     remaining[places] = keep
-    new_place = np.cumsum(remaining) - 1
+    new_index = np.cumsum(remaining) - 1
     media = []
     for item in prompt.media:
-        kept = remaining[item.places]
-        media.append(
-            dataclasses.replace(
-                item, places=new_place[item.places[kept]], offsets=item.offsets[kept]
-            )
-        )
+        inside = remaining[item.places]
+        places, offsets = new_index[item.places[inside]], item.offsets[inside]
+        media.append(dataclasses.replace(item, places=places, offsets=offsets))
     return dataclasses.replace(
         prompt,
         tokens=prompt.tokens[remaining],

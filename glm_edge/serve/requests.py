@@ -183,5 +183,9 @@ class Handle:
 
     def result(self) -> tuple[list[int], Finished]:
         """Wait for the end, and return the tokens and the last event."""
-        *tokens, end = self
-        return [event.token for event in tokens if isinstance(event, Token)], end
+        tokens: list[int] = []
+        for event in self:
+            if isinstance(event, Finished):
+                return tokens, event
+            tokens.append(event.token)
+        raise RuntimeError("the engine delivered no end")

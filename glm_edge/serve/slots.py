@@ -7,7 +7,15 @@ import numpy as np
 
 from glm_edge.serve.backend import ReadyPrompt
 from glm_edge.serve.prefix_cache import block_keys
-from glm_edge.serve.requests import Event, Finished, Handle, Request, Token, Usage
+from glm_edge.serve.requests import (
+    Event,
+    Finished,
+    Handle,
+    Matcher,
+    Request,
+    Token,
+    Usage,
+)
 
 # Longest and shortest run of tokens by which a draft is looked up.
 LONGEST_RUN, SHORTEST_RUN = 4, 2
@@ -132,16 +140,22 @@ class Task:
         """Give the end to the client."""
         self.deliver(Finished(reason, self.usage, error))
 
-    def allowed(self, everything: np.ndarray) -> np.ndarray:
+    def allowed(
+        self, everything: np.ndarray, length: int | None = None, matcher: Matcher | None = None
+    ) -> np.ndarray:
         """Return the bits of the tokens that may be drawn next.
 
         Args:
           everything: uint32 [W] with all bits set.
+          length: tokens of a longer text; None takes the present text and constraint.
+          matcher: state of the constraint after the longer text.
         """
+        if length is None:
+            length, matcher = self.length, self.matcher
         bits = everything
-        if self.matcher is not None:
-            bits = np.asarray(self.matcher.allowed()).view(np.uint32)
-        if self.generated < self.request.min_new_tokens and self.stop_tokens:
+        if matcher is not None:
+            bits = np.asarray(matcher.allowed()).view(np.uint32)
+        if length - self.prompt_length < self.request.min_new_tokens and self.stop_tokens:
             bits = bits.copy()
             for token in self.stop_tokens:
                 bits[token // 32] &= ~np.uint32(1 << (token % 32))

@@ -47,7 +47,8 @@ def test_a_file_answers_as_the_model_with_images_prefixes_and_drafts(engine, mod
     assert answer(engine, pictured)[0] == expected
     again, usage = answer(engine, pictured, draft=expected)
     assert again == expected
-    assert usage.cached_tokens == 32 and usage.accepted_draft_tokens == COUNT - 2
+    assert usage.cached_tokens == 32
+    assert usage.accepted_draft_tokens == COUNT - 2
 
 
 def test_an_urgent_request_interrupts_another_on_the_only_slot(engine, model, dense_params):
@@ -60,9 +61,9 @@ def test_an_urgent_request_interrupts_another_on_the_only_slot(engine, model, de
     next(iter(handle))
     tokens, _ = answer(engine, urgent, priority=Priority.INTERACTIVE)
     assert tokens == alone(model, dense_params, urgent)
-    rest, end = handle.result()
+    others, end = handle.result()
     assert end.usage.preemptions == 1
-    assert rest[: COUNT - 1] == alone(model, dense_params, slow)[1:]
+    assert others[: COUNT - 1] == alone(model, dense_params, slow)[1:]
 
 
 def test_a_prompt_that_exceeds_the_file_is_refused(engine):

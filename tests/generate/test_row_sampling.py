@@ -88,7 +88,8 @@ def test_log_probabilities_are_those_before_any_rule():
     order = np.argsort(-expected, axis=1)[:, :MAX_LOGPROBS]
     assert drawn.top_tokens.tolist() == order.tolist()
     without = _draw(logits, RowRules.of(SAMPLINGS), text, False)
-    assert not without.logprobs.any() and without.tokens.tolist() == drawn.tokens.tolist()
+    assert not without.logprobs.any()
+    assert without.tokens.tolist() == drawn.tokens.tolist()
 
 
 def test_damaged_scores_are_reported_by_row():
