@@ -5,7 +5,7 @@ import threading
 import numpy as np
 
 import glm_edge as ge
-from glm_edge.configs import GLMConfig
+from glm_edge.configs.architecture import from_dict
 from glm_edge.files import read_json
 from glm_edge.serve.backend import BLOCK
 
@@ -13,7 +13,7 @@ NANO = ge.shipped("nano")
 
 
 def nano_config():
-    return GLMConfig.from_dict(read_json(NANO / "config.json")["config"])
+    return from_dict(read_json(NANO / "config.json")["config"])
 
 
 class ScriptedBackend:
