@@ -22,12 +22,14 @@ from absl import flags, logging
 import glm_edge as ge
 from glm_edge.cli.checkpoints import CHECKPOINT_HELP, checkpoint_of
 from glm_edge.cli.console import refuse_arguments
+from glm_edge.errors import require
 from glm_edge.preprocess.processor import Processor
 from glm_edge.serve import Engine, JaxBackend
 from glm_edge.serve.http import Limits, Server, Service
 
 FLAGS = flags.FLAGS
 KEY_VARIABLE = "GLM_EDGE_API_KEY"
+PACKAGES = ("starlette", "uvicorn", "prometheus_client", "python_multipart")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
@@ -68,6 +70,8 @@ def main(argv: Sequence[str]) -> None:
       argv: the program's name.
     """
     refuse_arguments(argv)
+    for package in PACKAGES:
+        require(package, extra="serve")
     if FLAGS.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -96,7 +100,13 @@ def main(argv: Sequence[str]) -> None:
     backend.warm_up()
     engine.start()
     server = Server(
-        service, FLAGS.host, FLAGS.port, drain_s=FLAGS.drain_s, access_log=FLAGS.access_log
+        service,
+        FLAGS.host,
+        FLAGS.port,
+        drain_s=FLAGS.drain_s,
+        access_log=FLAGS.access_log,
+        on_start=lambda port: print(
+            f"serving {service.names[0]} at http://{FLAGS.host}:{port}/v1", flush=True
+        ),
     )
-    print(f"serving {service.names[0]} at http://{FLAGS.host}:{FLAGS.port}/v1", flush=True)
     server.run()

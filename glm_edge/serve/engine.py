@@ -8,7 +8,6 @@ alone with the same seed, whatever runs beside it.
 
 import heapq
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future

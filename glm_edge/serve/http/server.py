@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from glm_edge.errors import OutputError, require
@@ -29,6 +30,7 @@ class Server:
         drain_s: float = 30.0,
         header_s: float = 10.0,
         access_log: bool = False,
+        on_start: Callable[[int], Any] | None = None,
     ) -> None:
         """Prepare the server; `run` opens the socket.
 
@@ -39,11 +41,12 @@ class Server:
           drain_s: seconds that running and waiting requests have to finish after a signal.
           header_s: seconds in which the headers of a request must arrive.
           access_log: logs each request.
+          on_start: called with the port once the socket accepts connections.
         """
         self.service, self.port = service, port
         self.started = threading.Event()
         self._host, self._drain_s, self._header_s = host, drain_s, header_s
-        self._access_log = access_log
+        self._access_log, self._on_start = access_log, on_start
         self._server: Any = None
 
     def run(self) -> None:
@@ -104,6 +107,8 @@ def _server(config: Any, owner: Server) -> Any:
             if self.servers:
                 owner.port = self.servers[0].sockets[0].getsockname()[1]
                 owner.started.set()
+                if owner._on_start is not None:
+                    owner._on_start(owner.port)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             self.signals += 1

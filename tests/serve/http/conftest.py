@@ -41,16 +41,16 @@ def client(scripted_engine, processor):
 
 
 @pytest.fixture(scope="session")
-def nano():
-    return ge.load(NANO)
+def nano_engine():
+    engine = Engine(JaxBackend(*ge.load(NANO), num_slots=4, capacity=512, lengths=(16, 64)))
+    engine.start()
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="session")
-def nano_client(nano, processor):
-    engine = Engine(JaxBackend(*nano, num_slots=4, capacity=512, lengths=(16, 64)))
-    engine.start()
-    yield TestClient(create_app(Service(engine, processor, ["nano"])))
-    engine.close()
+def nano_client(nano_engine, processor):
+    return TestClient(create_app(Service(nano_engine, processor, ["nano"])))
 
 
 @pytest.fixture

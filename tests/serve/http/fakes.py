@@ -1,6 +1,7 @@
 """A backend without a model: every answer is a script, so that tests know each token."""
 
 import threading
+import time
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class ScriptedBackend:
         self.assistant = tokenizer.token_to_id("<|assistant|>")
         self.script = []
         self.texts = np.zeros((num_slots, capacity + 300), np.int32)
-        self.steps = 0
+        self.steps, self.delay = 0, 0.0
         # Cleared, it stops the engine in its next step.
         self.gate = threading.Event()
         self.gate.set()
@@ -57,6 +58,7 @@ class ScriptedBackend:
     def step(self, tokens, lengths, positions):
         assert self.gate.wait(60)
         self.steps += 1
+        time.sleep(self.delay)
         rows = np.zeros((self.num_slots, self.config.decoder.vocab_size), np.float32)
         for slot, (token, length) in enumerate(zip(tokens, lengths, strict=True)):
             self.texts[slot, length] = token

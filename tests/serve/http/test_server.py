@@ -49,7 +49,9 @@ def running(processor):
 def opened(request):
     yield
     if "running" in request.fixturenames:
-        request.getfixturevalue("running").backend.gate.set()
+        backend = request.getfixturevalue("running").backend
+        backend.delay = 0
+        backend.gate.set()
 
 
 def until(condition, seconds=20):
@@ -151,7 +153,7 @@ def test_langchain_as_the_article_calls_it(running):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot(running, stream):
-    running.backend.script = [40] * 1500
+    running.backend.script, running.backend.delay = [40] * 1500, 0.005
     body = {"messages": MESSAGES, "temperature": 0, "stream": stream}
     with httpx.Client(timeout=30) as client:
         request = client.build_request("POST", f"{running.url}/chat/completions", json=body)
@@ -240,7 +242,7 @@ def test_the_end_finishes_open_requests(processor):
 
 def test_the_end_ends_open_streams_with_an_event(processor):
     running = Running(processor, drain_s=0.2)
-    running.backend.script = [40] * 1900
+    running.backend.script, running.backend.delay = [40] * 1900, 0.005
     body = {"messages": MESSAGES, "temperature": 0, "stream": True}
     with httpx.stream("POST", f"{running.url}/chat/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
@@ -255,7 +257,7 @@ def test_the_end_ends_open_streams_with_an_event(processor):
 def test_the_official_client_raises_when_a_stream_ends_early(processor):
     library = pytest.importorskip("openai")
     running = Running(processor, drain_s=0.2)
-    running.backend.script = [40] * 1900
+    running.backend.script, running.backend.delay = [40] * 1900, 0.005
     client = library.OpenAI(base_url=running.url, api_key="EMPTY", max_retries=0)
     stream = client.chat.completions.create(
         model="nano", messages=MESSAGES, temperature=0, stream=True
