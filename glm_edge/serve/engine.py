@@ -8,6 +8,7 @@ alone with the same seed, whatever runs beside it.
 
 import heapq
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future

@@ -118,8 +118,8 @@ def test_a_client_may_leave_after_the_response():
 
 def test_an_error_is_the_response_or_the_last_event():
     async def scenario():
-        whole, streamed, ended = Sent(), Sent(), Sent()
-        await Reply(whole).fail(ApiError("no", status=429, headers={"retry-after": "1"}))
+        response, streamed, ended = Sent(), Sent(), Sent()
+        await Reply(response).fail(ApiError("no", status=429, headers={"retry-after": "1"}))
         reply = Reply(streamed)
         await reply.stream()
         await reply.events({"a": "é"})
@@ -127,12 +127,12 @@ def test_an_error_is_the_response_or_the_last_event():
         reply = Reply(ended)
         await reply.json({})
         await reply.fail(server_error("late"))
-        return whole, streamed, ended
+        return response, streamed, ended
 
-    whole, streamed, ended = asyncio.run(scenario())
-    assert whole[0]["status"] == 429
-    assert (b"retry-after", b"1") in whole[0]["headers"]
-    assert json.loads(whole[1]["body"])["error"]["message"] == "no"
+    response, streamed, ended = asyncio.run(scenario())
+    assert response[0]["status"] == 429
+    assert (b"retry-after", b"1") in response[0]["headers"]
+    assert json.loads(response[1]["body"])["error"]["message"] == "no"
     assert streamed[1]["body"] == 'data: {"a":"é"}\n\n'.encode()
     assert b"broken" in streamed[-1]["body"]
     assert not streamed[-1]["more_body"]
