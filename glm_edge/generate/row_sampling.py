@@ -63,23 +63,23 @@ class RowRules:
           samplings: one per row, with at most `MAX_BIASES` biases each.
         """
 
-        def column(field: str, neutral: float, dtype: Any = np.float32) -> np.ndarray:
+        def values_of(field: str, neutral: float, dtype: Any = np.float32) -> np.ndarray:
             values = (getattr(sampling, field) for sampling in samplings)
             return np.array([neutral if v is None else v for v in values], dtype)
 
         tokens = np.full((len(samplings), MAX_BIASES), np.iinfo(np.int32).max, np.int32)
         biases = np.zeros(tokens.shape, np.float32)
         for row, sampling in enumerate(samplings):
-            for place, (token, value) in enumerate(sampling.logit_bias):
-                tokens[row, place], biases[row, place] = token, value
+            for column, (token, value) in enumerate(dict(sampling.logit_bias).items()):
+                tokens[row, column], biases[row, column] = token, value
         return cls(
-            temperature=column("temperature", 0),
-            top_k=column("top_k", 0, np.int32),
-            top_p=column("top_p", 1),
-            min_p=column("min_p", 0),
-            repetition=column("repetition_penalty", 1),
-            frequency=column("frequency_penalty", 0),
-            presence=column("presence_penalty", 0),
+            temperature=values_of("temperature", 0),
+            top_k=values_of("top_k", 0, np.int32),
+            top_p=values_of("top_p", 1),
+            min_p=values_of("min_p", 0),
+            repetition=values_of("repetition_penalty", 1),
+            frequency=values_of("frequency_penalty", 0),
+            presence=values_of("presence_penalty", 0),
             bias_tokens=tokens,
             biases=biases,
         )
@@ -161,7 +161,8 @@ def draw_rows(logits: Array, rules: RowRules, text: RowText, want_logprobs: Arra
         lambda: _logprobs(raw, tokens, zeros.shape[1]),
         lambda: (zeros[:, 0], zeros.astype(jnp.int32), zeros),
     )
-    return Drawn(tokens, *logprobs, jnp.isfinite(raw).all(axis=1))
+    drawn, top_tokens, top = logprobs
+    return Drawn(tokens, drawn, top_tokens, top, jnp.isfinite(raw).all(axis=1))
 
 
 def unpack_bits(words: Array, size: int) -> Array:

@@ -16,6 +16,7 @@ import numpy as np
 
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import DataError
+from glm_edge.generate.early_exit import EarlyExit
 from glm_edge.generate.prompts import Prompt
 from glm_edge.models.multimodal import audio_features, feature_counts, feature_grids
 from glm_edge.preprocess.inputs import Inputs
@@ -31,17 +32,20 @@ class Media:
     Attributes:
       kind: "image" or "audio".
       array: pixels [H, W, C] or [F, H, W, C], or log-mel frames [frames, bins].
-      start: index of the first placeholder in the prompt.
-      count: number of placeholders.
+      count: number of features.
       key: hash of the content.
+      places: int [P], ascending indices of placeholders in the prompt.
+      offsets: int [P], index of the feature at each place; not all features have a place after
+        vision token pruning.
       frames: frames with sound of a chunk of speech; None for all.
     """
 
     kind: str
     array: np.ndarray
-    start: int
     count: int
     key: bytes
+    places: np.ndarray
+    offsets: np.ndarray
     frames: int | None = None
 
 
@@ -63,7 +67,7 @@ class ReadyPrompt:
 
     def media_tokens(self, kind: str) -> int:
         """Count the placeholders of "image" or "audio"."""
-        return sum(media.count for media in self.media if media.kind == kind)
+        return sum(len(media.places) for media in self.media if media.kind == kind)
 
 
 class Backend(Protocol):
@@ -75,6 +79,7 @@ class Backend(Protocol):
       capacity: positions per slot that may hold a text.
       chunk: most tokens of one call of `extend`.
       scored: most tokens of one call of `extend` that returns scores of all of them.
+      exits: exits of `step_until_sure`, or None if it is not available.
     """
 
     config: GLMConfig
@@ -82,6 +87,7 @@ class Backend(Protocol):
     capacity: int
     chunk: int
     scored: int
+    exits: EarlyExit | None
 
     def encode(self, media: Media) -> np.ndarray:
         """Encode an image or a chunk of speech to features [M, D]."""
@@ -94,6 +100,7 @@ class Backend(Protocol):
         tokens: np.ndarray,
         positions: np.ndarray,
         features: np.ndarray | None,
+        placed: np.ndarray,
         all_scores: bool,
     ) -> Any:
         """Append tokens to the text of a slot.
@@ -103,7 +110,8 @@ class Backend(Protocol):
           start: number of tokens that the slot already holds.
           tokens: int32 [T], at most `chunk`, or `scored` with `all_scores`.
           positions: int32 [1, T] or [3, T].
-          features: float32 [T, D] to use at placeholders, or None without placeholders.
+          features: float32 [T, D] of images and recordings, or None without any.
+          placed: bool [T], True where a feature replaces the embedded token.
           all_scores: returns scores of all tokens instead of the last only.
 
         Returns:
@@ -111,17 +119,43 @@ class Backend(Protocol):
         """
         ...
 
-    def step(self, tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> Any:
-        """Append one token to each of the first slots.
+    def step(
+        self, tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray, count: int
+    ) -> Any:
+        """Append one token to each of the first slots, and possibly to others.
 
         Args:
-          tokens: int32 [N], for slots 0..N-1.
-          lengths: int32 [N], tokens that each slot already holds. A slot that is not running
-            takes any token: the engine overwrites that place later.
-          positions: int32 [N].
+          tokens: int32 [B].
+          lengths: int32 [B], tokens that each slot already holds. A slot that is not decoding
+            takes any token there: the engine overwrites that place later.
+          positions: int32 [B].
+          count: number of first slots whose scores are needed.
 
         Returns:
-          Scores of the next tokens, [N or more, V].
+          Scores of the next tokens, [`count` or more, V].
+        """
+        ...
+
+    def step_until_sure(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        positions: np.ndarray,
+        count: int,
+        thresholds: np.ndarray,
+    ) -> tuple[Any, Any]:
+        """Do as `step`, with early exit.
+
+        Args:
+          tokens: as for `step`, as are the next three.
+          lengths: int32 [B].
+          positions: int32 [B].
+          count: number of first slots whose scores are needed.
+          thresholds: float32 [B], see `early_exit`; above 1 runs all layers, below 0 is for slots
+            whose scores are not needed.
+
+        Returns:
+          `(scores, layers)`: as for `step`, and int32 [`count` or more], layers per row.
         """
         ...
 
@@ -166,7 +200,7 @@ def ready_prompt(config: GLMConfig, inputs: Inputs, capacity: int) -> ReadyPromp
     Prompt.of(config, tokens[None], 1, beyond_context=True)
     media = sorted(
         (*_images(config, inputs, tokens), *_recordings(config, inputs, tokens)),
-        key=lambda item: item.start,
+        key=lambda item: int(item.places[0]),
     )
     positions, following = prompt_positions(config, tokens, media)
     return ReadyPrompt(tokens, positions, following, tuple(media))
@@ -191,8 +225,9 @@ def prompt_positions(
     advance = np.ones(len(tokens), np.int32)
     offset = np.zeros((3, len(tokens)), np.int32)
     for item in images:
-        at = item.start
-        for rows, columns in feature_grids([item.array], config.vision_tower):
+        at = int(item.places[0])
+        grids: Any = [item.array]
+        for rows, columns in feature_grids(grids, config.vision_tower):
             size = rows * columns
             offset[1, at : at + size] = np.repeat(np.arange(rows), columns)
             offset[2, at : at + size] = np.tile(np.arange(columns), rows)
@@ -249,12 +284,12 @@ def _placed(
     for array, count, sounding in zip(arrays, counts, frames, strict=True):
         if not count:
             continue
-        start = int(places[at])
-        if places[at + count - 1] != start + count - 1:
+        taken = places[at : at + count]
+        if taken[-1] != taken[0] + count - 1:
             raise DataError(f"the {count} placeholders of an item of {kind} are not adjacent")
         content = np.ascontiguousarray(array)
         facts = f"{kind}{content.shape}{content.dtype}{sounding}".encode()
         key = hashlib.blake2b(facts + content.tobytes(), digest_size=16).digest()
-        media.append(Media(kind, content, start, count, key, sounding))
+        media.append(Media(kind, content, count, key, taken, np.arange(count), sounding))
         at += count
     return media

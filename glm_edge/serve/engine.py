@@ -8,26 +8,23 @@ alone with the same seed, whatever runs beside it.
 
 import heapq
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 
 from glm_edge.errors import DataError, GlmEdgeError
-from glm_edge.generate.row_sampling import MAX_BIASES, Drawn, RowRules, RowText, draw_rows
-from glm_edge.generate.sampling import Sampling
+from glm_edge.generate.row_sampling import MAX_BIASES, Drawn
 from glm_edge.serve.backend import BLOCK, Backend, ready_prompt
-from glm_edge.serve.prefix_cache import PrefixCache, block_keys
+from glm_edge.serve.draws import Draws, has_bit
+from glm_edge.serve.features import FeatureCache
+from glm_edge.serve.prefix_cache import PrefixCache
+from glm_edge.serve.pruning import pruned_prompt
 from glm_edge.serve.requests import Event, Handle, Request
 from glm_edge.serve.slots import Task
-
-_draw = jax.jit(draw_rows)
 
 
 class QueueFullError(GlmEdgeError):
@@ -98,16 +95,10 @@ class Engine:
         self.backend = backend
         self.counters = Counters()
         self.prefix_cache = PrefixCache(cache_bytes, backend.block_bytes())
-        self._features: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._feature_bytes, self._queue_size = feature_bytes, queue_size
-        slots = backend.num_slots
-        self._tasks: list[Task | None] = [None] * slots
-        self._texts = np.zeros((slots, backend.capacity), np.int32)
-        self._rules = RowRules.of([Sampling()] * slots)
-        words = -(-backend.config.decoder.vocab_size // 32)
-        self._everything = np.full(words, 0xFFFFFFFF, np.uint32)
-        self._allowed = np.tile(self._everything, (slots, 1))
-        self._seeds = np.zeros(slots, np.uint32)
+        self._features = FeatureCache(backend, feature_bytes)
+        self._queue_size = queue_size
+        self._tasks: list[Task | None] = [None] * backend.num_slots
+        self._draws = Draws(backend)
         self._turn = 0
         self._order = 0
         # Shared with other threads, under the lock.
@@ -144,6 +135,10 @@ class Engine:
             raise DataError(f"max_new_tokens must be positive, got {request.max_new_tokens}")
         if len(request.sampling.logit_bias) > MAX_BIASES:
             raise DataError(f"logit_bias has more than {MAX_BIASES} tokens")
+        if request.exit_threshold is not None and self.backend.exits is None:
+            raise DataError("this service has no exits for early exit")
+        if request.vision_tokens is not None and request.vision_tokens.layer:
+            raise DataError("a service prunes vision tokens before the first layer only: layer=0")
         count = int(request.inputs.valid.sum())
         if count >= capacity:
             raise ContextLengthError(
@@ -277,6 +272,11 @@ class Engine:
                 self._tasks[slot] = None
                 task.finish("error", str(error))
 
+    def _task(self, slot: int) -> Task:
+        task = self._tasks[slot]
+        assert task is not None
+        return task
+
     def _free_slot(self, task: Task) -> int | None:
         """Return a free slot, interrupting a request of a lower priority if there is none."""
         if None in self._tasks:
@@ -285,8 +285,7 @@ class Engine:
         urgency, slot = max(running)
         if urgency[0] <= task.request.priority:
             return None
-        other = self._tasks[slot]
-        assert other is not None
+        other = self._task(slot)
         starts = range(0, other.rows, BLOCK)
         other.saved = [self.backend.copy_out(slot, start) for start in starts]
         other.text = other.text.copy()
@@ -301,6 +300,11 @@ class Engine:
         if task.saved is not None:
             saved, task.saved = task.saved, None
         else:
+            if task.request.vision_tokens is not None:
+                encoded = [self._features.of(media) for media in task.prompt.media]
+                task.begin_with(pruned_prompt(task.prompt, encoded, task.request.vision_tokens))
+                dropped = sum(media.count - len(media.places) for media in task.prompt.media)
+                task.usage.dropped_image_tokens = dropped
             # At least one token must run, for the scores of the next.
             keys = task.keys[: (task.prompt_length - 1) // BLOCK]
             saved = self.prefix_cache.acquire(keys)
@@ -310,12 +314,7 @@ class Engine:
         for index, rows in enumerate(saved):
             self.backend.copy_in(slot, index * BLOCK, rows)
         self._tasks[slot] = task
-        self._texts[slot] = task.text
-        task.text = self._texts[slot]
-        self._seeds[slot] = task.handle.seed
-        row = RowRules.of([task.request.sampling])
-        for field, values in vars(self._rules).items():
-            values[slot] = getattr(row, field)[0]
+        self._draws.occupy(slot, task)
 
     def _force(self) -> None:
         """Append the tokens that constraints leave no choice about."""
@@ -347,7 +346,7 @@ class Engine:
             if task is None or budget <= 0:
                 continue
             try:
-                drafted = [] if not task.decoding else self._draft(task)
+                drafted = task.draft(self.backend.scored - 1) if task.decoding else []
                 if task.decoding and not drafted:
                     continue
                 extended.add(slot)
@@ -369,7 +368,7 @@ class Engine:
             start,
             task.text[start:end],
             task.positions(start, end),
-            self._features_of(task, start, end),
+            *self._features.of_tokens(task.prompt, start, end),
             False,
         )
         self.counters.chunks += 1
@@ -379,19 +378,16 @@ class Engine:
             # At once, so that requests with the same prompt need not wait for the answer.
             self._store(slot, task.keys)
         if end == task.length:
-            drawn = self._drawn_for(slot, task, scores, [task.length], [task.matcher])
+            drawn = self._draws.after_beginnings(task, scores, [task.length], [task.matcher])
             self._take(slot, task, drawn, 0)
         return count
-
-    def _draft(self, task: Task) -> list[int]:
-        return task.draft(self.backend.scored - 1)
 
     def _verify(self, slot: int, task: Task, drafted: list[int]) -> None:
         """Run the newest token and a draft at once; keep the draft as far as it is drawn too."""
         matchers, matcher = [task.matcher], task.matcher
         if matcher is not None:
             for index, token in enumerate(drafted):
-                if not _bit(matcher.allowed(), token):
+                if not has_bit(matcher.allowed(), token):
                     drafted = drafted[:index]
                     break
                 matcher = matcher.copy()
@@ -401,12 +397,12 @@ class Engine:
             matchers *= len(drafted) + 1
         start, end = task.rows, task.rows + 1 + len(drafted)
         task.text[task.length : task.length + len(drafted)] = drafted
-        scores = self.backend.extend(
-            slot, start, task.text[start:end], task.positions(start, end), None, True
-        )
+        tokens, positions = task.text[start:end], task.positions(start, end)
+        nowhere = np.zeros(len(tokens), bool)
+        scores = self.backend.extend(slot, start, tokens, positions, None, nowhere, True)
         self.counters.chunks += 1
         lengths = list(range(task.length, task.length + len(drafted) + 1))
-        drawn = self._drawn_for(slot, task, scores, lengths, matchers)
+        drawn = self._draws.after_beginnings(task, scores, lengths, matchers)
         tokens, accepted = np.asarray(drawn.tokens), 0
         for index in range(len(lengths)):
             agrees = index < len(drafted) and int(tokens[index]) == drafted[index]
@@ -428,10 +424,9 @@ class Engine:
         ]
         if not decoding:
             return
-        count = decoding[-1] + 1
-        tokens, lengths, positions = (np.zeros(count, np.int32) for _ in range(3))
-        text_lengths, prompt_lengths = (np.ones(count, np.int32) for _ in range(2))
-        for slot, task in enumerate(self._tasks[:count]):
+        slots = len(self._tasks)
+        tokens, lengths, positions = (np.zeros(slots, np.int32) for _ in range(3))
+        for slot, task in enumerate(self._tasks):
             if task is None:
                 continue
             # A row that is not decoding writes where its next pending token will.
@@ -439,48 +434,31 @@ class Engine:
             if slot in decoding:
                 tokens[slot] = task.text[task.rows]
                 positions[slot] = task.position(task.rows)
-                text_lengths[slot], prompt_lengths[slot] = task.length, task.prompt_length
-                self._allowed[slot] = task.allowed(self._everything)
-        scores = self.backend.step(tokens, lengths, positions)
-        rows = scores.shape[0]
-        rules = jax.tree.map(lambda values: values[:rows], self._rules)
-        text = RowText(
-            tokens=self._texts[:rows],
-            prompt_lengths=_resized(prompt_lengths, rows),
-            lengths=_resized(text_lengths, rows),
-            seeds=self._seeds[:rows],
-            allowed=self._allowed[:rows],
-        )
-        wanted = any(task is not None and task.request.logprobs for task in self._tasks)
-        drawn = jax.device_get(_draw(scores, rules, text, wanted))
+        arguments = tokens, lengths, positions, decoding[-1] + 1
+        thresholds = self._thresholds(decoding)
+        if thresholds is None:
+            scores = self.backend.step(*arguments)
+        else:
+            scores, layers = self.backend.step_until_sure(*arguments, thresholds)
+            for slot, used in zip(decoding, np.asarray(layers)[decoding], strict=True):
+                total = self.backend.config.decoder.num_layers
+                self._task(slot).usage.skipped_layers += total - int(used)
+        drawn = self._draws.step(scores, {slot: self._task(slot) for slot in decoding})
         self.counters.steps += 1
         for slot in decoding:
-            task = self._tasks[slot]
-            assert task is not None
+            task = self._task(slot)
             task.rows += 1
             self._take(slot, task, drawn, slot)
 
-    def _drawn_for(
-        self, slot: int, task: Task, scores: Any, lengths: list[int], matchers: list[Any]
-    ) -> Drawn:
-        """Draw the tokens after several beginnings of one request's text."""
-        rows = scores.shape[0]
-        index = np.minimum(np.arange(rows), len(lengths) - 1)
-        rules = jax.tree.map(lambda values: values[[slot] * rows], self._rules)
-        allowed = np.tile(self._everything, (rows, 1))
-        current, generated = task.matcher, task.length
-        for row, (length, matcher) in enumerate(zip(lengths, matchers, strict=True)):
-            task.matcher, task.length = matcher, length
-            allowed[row] = task.allowed(self._everything)
-        task.matcher, task.length = current, generated
-        text = RowText(
-            tokens=np.tile(task.text, (rows, 1)),
-            prompt_lengths=np.full(rows, task.prompt_length, np.int32),
-            lengths=np.array(lengths, np.int32)[index],
-            seeds=np.full(rows, task.handle.seed, np.uint32),
-            allowed=allowed,
-        )
-        return jax.device_get(_draw(scores, rules, text, task.request.logprobs))
+    def _thresholds(self, decoding: list[int]) -> np.ndarray | None:
+        """Return the thresholds of early exit per slot, or None if no request has one."""
+        thresholds = np.full(len(self._tasks), -1, np.float32)
+        wanted = False
+        for slot in decoding:
+            threshold = self._task(slot).request.exit_threshold
+            wanted = wanted or threshold is not None
+            thresholds[slot] = 2 if threshold is None else threshold
+        return thresholds if wanted else None
 
     def _take(self, slot: int, task: Task, drawn: Drawn, row: int) -> None:
         """Append a drawn token and deliver it, or end the request."""
@@ -503,11 +481,9 @@ class Engine:
             self._finish(slot, "length")
 
     def _finish(self, slot: int, reason: str, error: str | None = None) -> None:
-        task = self._tasks[slot]
-        assert task is not None
+        task = self._task(slot)
         if error is None and task.rows >= BLOCK:
-            written = task.text[: task.rows]
-            self._store(slot, block_keys(written, task.prompt.media))
+            self._store(slot, task.written_keys())
         self._tasks[slot] = None
         task.finish(reason, error)
 
@@ -517,40 +493,3 @@ class Engine:
             rows = self.backend.copy_out(slot, index * BLOCK)
             if not self.prefix_cache.store(keys, index, rows):
                 return
-
-    def _features_of(self, task: Task, start: int, end: int) -> np.ndarray | None:
-        """Return features [T, D] at the placeholders of tokens `start..end`, or None."""
-        features = None
-        for media in task.prompt.media:
-            first, last = max(start, media.start), min(end, media.start + media.count)
-            if first >= last:
-                continue
-            if features is None:
-                width = self.backend.config.decoder.hidden_size
-                features = np.zeros((end - start, width), np.float32)
-            encoded = self._encoded(media)
-            features[first - start : last - start] = encoded[
-                first - media.start : last - media.start
-            ]
-        return features
-
-    def _encoded(self, media: Any) -> np.ndarray:
-        """Encode an item, or return the features that are kept."""
-        features = self._features.get(media.key)
-        if features is None:
-            features = self.backend.encode(media)
-            self._features[media.key] = features
-            total = sum(kept.nbytes for kept in self._features.values())
-            while total > self._feature_bytes and len(self._features) > 1:
-                total -= self._features.popitem(last=False)[1].nbytes
-        self._features.move_to_end(media.key)
-        return features
-
-
-def _bit(words: np.ndarray, index: int) -> bool:
-    return bool(int(np.asarray(words).view(np.uint32)[index // 32]) >> (index % 32) & 1)
-
-
-def _resized(values: np.ndarray, rows: int) -> np.ndarray:
-    """Pad to a count of rows with ones."""
-    return np.pad(values, (0, rows - len(values)), constant_values=1)

@@ -8,6 +8,7 @@ Letters of shapes: `B` slots, `N` rows of a call, `T` tokens, `S` cache rows, `A
 hidden size, `V` vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from glm_edge.errors import DataError
+from glm_edge.generate.early_exit import EarlyExit, run_until_sure
 from glm_edge.generate.options import DecodeOptions
 from glm_edge.models.glm import init_cache
 from glm_edge.models.multimodal import MultimodalGLM
@@ -42,6 +44,7 @@ class JaxBackend:
         capacity: int | None = None,
         cache_dtype: Any = "float32",
         lengths: Sequence[int] = LENGTHS,
+        exits: EarlyExit | None = None,
     ):
         """Allocate the cache.
 
@@ -52,6 +55,7 @@ class JaxBackend:
           capacity: most tokens of a prompt and its answer; None takes the context length.
           cache_dtype: as in `DecodeOptions`.
           lengths: chunk lengths of `extend`, in ascending order.
+          exits: from `glm_edge.generate.early_exit`; requests choose their threshold.
 
         Raises:
           DataError: a size is not positive, or exceeds the context length, or a cache cannot have
@@ -64,7 +68,7 @@ class JaxBackend:
                 f"num_slots must be positive and capacity in 1..{context} (the context length), "
                 f"got {num_slots} and {capacity}"
             )
-        self.config = model.config
+        self.config, self.exits = model.config, exits
         self.num_slots, self.capacity = num_slots, capacity
         self.scored, self.chunk = lengths[0], lengths[-1]
         self._model, self._params, self._lengths = model, params, tuple(lengths)
@@ -88,6 +92,7 @@ class JaxBackend:
         tokens: np.ndarray,
         positions: np.ndarray,
         features: np.ndarray | None,
+        placed: np.ndarray,
         all_scores: bool,
     ) -> Array:
         """Append a chunk, padded on the right to one of the compiled lengths."""
@@ -107,24 +112,51 @@ class JaxBackend:
             np.pad(tokens, padding)[None],
             np.pad(positions, ((0, 0), padding)),
             np.pad(features, (padding, (0, 0)))[None],
+            np.pad(placed, padding)[None],
             np.int32(count),
         )
         return scores
 
-    def step(self, tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> Array:
-        """Append one token to each of the first slots; the rows are padded to a compiled count."""
-        width = next(width for width in self._widths if width >= len(tokens))
-        padding = (0, width - len(tokens))
-        scores, self._layers = _step(
+    def step(
+        self, tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray, count: int
+    ) -> Array:
+        """Append one token to each of the first slots, as many as one of the compiled counts."""
+        return self._step(tokens, lengths, positions, count, None)[0]
+
+    def step_until_sure(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        positions: np.ndarray,
+        count: int,
+        thresholds: np.ndarray,
+    ) -> tuple[Array, Array]:
+        """Do as `step`, with early exit."""
+        return self._step(tokens, lengths, positions, count, thresholds)
+
+    def _step(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        positions: np.ndarray,
+        count: int,
+        thresholds: np.ndarray | None,
+    ) -> tuple[Any, Any]:
+        width = next(width for width in self._widths if width >= count)
+        exits = None
+        if thresholds is not None and self.exits is not None:
+            exits = dataclasses.replace(self.exits, threshold=jnp.asarray(thresholds[:width]))
+        scores, layers, self._layers = _step(
             self._model,
-            self._attend(int(lengths.max()) + 1),
+            self._attend(int(lengths[:width].max()) + 1),
             self._params,
             self._layers,
-            np.pad(tokens, padding),
-            np.pad(lengths, padding),
-            np.pad(positions, padding),
+            tokens[:width],
+            lengths[:width],
+            positions[:width],
+            exits,
         )
-        return scores
+        return scores, layers
 
     def copy_out(self, slot: int, start: int) -> Any:
         """Copy rows to new arrays."""
@@ -150,10 +182,13 @@ class JaxBackend:
                 positions = np.zeros((axes, length), np.int32)
                 for all_scores in {False, length == self.scored}:
                     tokens = np.zeros(length, np.int32)
-                    self.extend(0, start, tokens, positions, None, all_scores)
+                    self.extend(0, start, tokens, positions, None, tokens > 0, all_scores)
             for width in self._widths:
                 zeros = np.zeros(width, np.int32)
-                self.step(zeros, np.full(width, attended - 1, np.int32), zeros)
+                arguments = zeros, np.full(width, attended - 1, np.int32), zeros, width
+                self.step(*arguments)
+                if self.exits is not None:
+                    self.step_until_sure(*arguments, np.ones(width, np.float32))
         self.copy_in(0, 0, self.copy_out(0, 0))
         jax.block_until_ready(self._layers)
 
@@ -165,11 +200,11 @@ class JaxBackend:
 def _encode(
     model: MultimodalGLM, kind: str, params: Params, array: Array, frames: Array | None
 ) -> Array:
-    run = functools.partial(model.apply, {"params": params})
     if kind == "image":
-        return run([array], method="encode_images")
-    features = run(array[None], frames, method="encode_audio")
-    return features[0] if features.ndim == 3 else features
+        image: Any = model.apply({"params": params}, [array], method="encode_images")
+        return image
+    speech: Any = model.apply({"params": params}, array[None], frames, method="encode_audio")
+    return speech[0] if speech.ndim == 3 else speech
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -184,17 +219,13 @@ def _extend(
     tokens: Array,
     positions: Array,
     features: Array,
+    placed: Array,
     count: Array,
 ) -> tuple[Array, Any]:
     """Append `count` of the [1, T] tokens to one slot; return scores [T or 1, V] and the cache."""
-    config = model.config
-    placeholder = jnp.zeros(tokens.shape, bool)
-    for token in (config.image_token_id, config.audio_token_id):
-        if token is not None:
-            placeholder |= tokens == token
     x: Any = model.apply({"params": params}, tokens, method=lambda module, t: module.embed(t))
-    x = jnp.where(placeholder[..., None], features.astype(x.dtype), x)
-    positions = positions[:, None] if config.decoder.mrope_section else positions
+    x = jnp.where(placed[..., None], features.astype(x.dtype), x)
+    positions = positions[:, None] if model.config.decoder.mrope_section else positions
     final, layers = _run(model, params, layers, slot, start[None], x, positions, attended)
     if not all_scores:
         final = jax.lax.dynamic_slice_in_dim(final, count - 1, 1, axis=1)
@@ -211,17 +242,27 @@ def _step(
     tokens: Array,
     lengths: Array,
     positions: Array,
-) -> tuple[Array, Any]:
-    """Append a token [N] to each of the first slots; return scores [N, V] and the cache."""
-    run = functools.partial(model.apply, {"params": params})
-    x: Any = run(tokens[:, None], method=lambda module, t: module.embed(t))
+    exits: EarlyExit | None,
+) -> tuple[Array, Array | None, Any]:
+    """Append a token [N] to each of the first slots; return scores, layers used and the cache."""
     positions = positions[:, None]
     if model.config.decoder.mrope_section:
         positions = jnp.broadcast_to(positions, (3, *positions.shape))
-    first = jnp.zeros((), jnp.int32)
-    final, layers = _run(model, params, layers, first, lengths, x, positions, attended)
-    scores: Any = run(final, method="predict")
-    return scores[:, 0].astype(jnp.float32), layers
+    first, used = jnp.zeros((), jnp.int32), None
+    if exits is None:
+        run = functools.partial(model.apply, {"params": params})
+        x: Any = run(tokens[:, None], method=lambda module, t: module.embed(t))
+        final, layers = _run(model, params, layers, first, lengths, x, positions, attended)
+        scores: Any = run(final, method="predict")
+        scores = scores[:, 0].astype(jnp.float32)
+    else:
+        mask, stopped = _mask(lengths, 1, attended), exits.threshold < 0
+        cache = {"layers": _read(layers, first, len(tokens), attended), "length": lengths}
+        scores, cache, used = run_until_sure(
+            model, params, tokens[:, None], positions, mask, cache, exits, stopped
+        )
+        layers = _write(layers, cache["layers"], first, lengths, 1)
+    return scores, used, layers
 
 
 def _run(
@@ -234,47 +275,55 @@ def _run(
     positions: Array,
     attended: int,
 ) -> tuple[Array, Any]:
-    """Run the decoder on x [N, T, D] behind the rows of `N` slots from `first` on.
-
-    Only the first `attended` rows of these slots are read, and only the new rows are written back,
-    so that the time does not depend on the size of the cache.
-    """
+    """Run the decoder on x [N, T, D] behind the rows of `N` slots from `first` on."""
     count, length = x.shape[:2]
-    sizes = (count, attended)
-
-    def read(array: Array) -> Array:
-        start = (first, *(0,) * (array.ndim - 1))
-        return jax.lax.dynamic_slice(array, start, (*sizes, *array.shape[2:]))
-
-    def write(array: Array, updated: Array) -> Array:
-        def take(rows: Array, start: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(rows, start, length)
-
-        def put(array: Array, row: Array) -> Array:
-            start = (first + row, starts[row], *(0,) * (array.ndim - 2))
-            return jax.lax.dynamic_update_slice(array, new[row][None], start)
-
-        new = jax.vmap(take)(updated, starts)
-        for row in range(count):
-            array = put(array, jnp.int32(row))
-        return array
-
-    query_rows = starts[:, None] + jnp.arange(length)
-    mask = (jnp.arange(attended) <= query_rows[..., None])[:, None]
-    cache = {"layers": jax.tree.map(read, layers), "length": starts}
+    mask = _mask(starts, length, attended)
+    cache = {"layers": _read(layers, first, count, attended), "length": starts}
 
     def decode(module: MultimodalGLM, x: Array) -> tuple[Array, Any]:
         final, _, updated = module.decoder(x, positions, mask, cache)
         return final, updated
 
     final, updated = model.apply({"params": params}, x, method=decode)
-    return final, jax.tree.map(write, layers, updated["layers"])
+    return final, _write(layers, updated["layers"], first, starts, length)
+
+
+def _mask(starts: Array, length: int, attended: int) -> Array:
+    """Return bool [N, 1, T, A]: a token attends to the rows before its own, and to its own."""
+    rows = starts[:, None] + jnp.arange(length)
+    return (jnp.arange(attended) <= rows[..., None])[:, None]
+
+
+def _read(layers: Any, first: Array, count: int, attended: int) -> Any:
+    """Return the first `attended` rows of some slots, so that the time does not depend on `S`."""
+
+    def read(array: Array) -> Array:
+        start: Any = (first, *(0,) * (array.ndim - 1))
+        return jax.lax.dynamic_slice(array, start, (count, attended, *array.shape[2:]))
+
+    return jax.tree.map(read, layers)
+
+
+def _write(layers: Any, updated: Any, first: Array, starts: Array, length: int) -> Any:
+    """Write the new rows of `_read`'s slots back, and no others."""
+
+    def take(rows: Array, start: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(rows, start, length)
+
+    def write(array: Array, rows: Array) -> Array:
+        new = jax.vmap(take)(rows, starts)
+        for row in range(len(starts)):
+            start: Any = (first + row, starts[row], *(0,) * (array.ndim - 2))
+            array = jax.lax.dynamic_update_slice(array, new[row][None], start)
+        return array
+
+    return jax.tree.map(write, layers, updated)
 
 
 @jax.jit
 def _copy_out(layers: Any, slot: Array, start: Array) -> Any:
     def take(array: Array) -> Array:
-        at = (slot, start, *(0,) * (array.ndim - 2))
+        at: Any = (slot, start, *(0,) * (array.ndim - 2))
         return jax.lax.dynamic_slice(array, at, (1, BLOCK, *array.shape[2:]))
 
     return jax.tree.map(take, layers)
@@ -283,6 +332,7 @@ def _copy_out(layers: Any, slot: Array, start: Array) -> Any:
 @functools.partial(jax.jit, donate_argnums=0)
 def _copy_in(layers: Any, rows: Any, slot: Array, start: Array) -> Any:
     def put(array: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice(array, new, (slot, start, *(0,) * (array.ndim - 2)))
+        at: Any = (slot, start, *(0,) * (array.ndim - 2))
+        return jax.lax.dynamic_update_slice(array, new, at)
 
     return jax.tree.map(put, layers, rows)

@@ -151,25 +151,28 @@ class PrefixCache:
                     return
 
 
-def block_keys(tokens: np.ndarray, media: Sequence[Media]) -> list[bytes]:
+def block_keys(tokens: np.ndarray, positions: np.ndarray, media: Sequence[Media]) -> list[bytes]:
     """Hash the complete blocks of a text.
 
     Args:
       tokens: int32 [T].
-      media: of the text; a placeholder counts by its item's content and its place in it.
+      positions: int32 [1, T] or [3, T], rotary positions.
+      media: of the text; a placeholder counts by its item's content and its feature.
 
     Returns:
       One key per `BLOCK` tokens.
     """
     names: dict[int, bytes] = {}
     for item in media:
-        for offset in range(item.count):
-            names[item.start + offset] = item.key + offset.to_bytes(4, "little")
+        for index, offset in zip(item.places.tolist(), item.offsets.tolist(), strict=True):
+            names[index] = item.key + offset.to_bytes(4, "little")
     keys, parent = [], b""
     for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
+        end = start + BLOCK
         digest = hashlib.blake2b(parent, digest_size=16)
-        digest.update(np.asarray(tokens[start : start + BLOCK], "<i4").tobytes())
-        for index in range(start, start + BLOCK):
+        digest.update(np.asarray(tokens[start:end], "<i4").tobytes())
+        digest.update(np.asarray(positions[:, start:end], "<i4").tobytes())
+        for index in range(start, end):
             if index in names:
                 digest.update(bytes([index - start]) + names[index])
         parent = digest.digest()

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from glm_edge.generate.sampling import Sampling
+from glm_edge.generate.token_pruning import VisionTokens
 from glm_edge.preprocess.inputs import Inputs
 
 
@@ -56,7 +57,10 @@ class Request:
       logprobs: adds log-probabilities to the tokens.
       matcher: state of a constraint at its beginning, or None.
       draft: token ids that the answer may begin with, verified in few steps; or None.
-      prompt_lookup: drafts continuations from the prompt, where its last tokens occur before.
+      prompt_lookup: drafts continuations from the text, where its last tokens occur before.
+      exit_threshold: threshold of early exit, in 0..1; None runs all layers for each token.
+      vision_tokens: from `glm_edge.generate.drop_vision_tokens` with layer 0, the only one that a
+        prompt in chunks allows; None keeps all.
       priority: see `Priority`.
     """
 
@@ -70,6 +74,8 @@ class Request:
     matcher: Matcher | None = None
     draft: Sequence[int] | None = None
     prompt_lookup: bool = False
+    exit_threshold: float | None = None
+    vision_tokens: VisionTokens | None = None
     priority: Priority = Priority.DEFAULT
 
 
@@ -95,7 +101,7 @@ class Usage:
     """Tokens of a request, and the steps that were saved.
 
     Attributes:
-      prompt_tokens: of the prompt.
+      prompt_tokens: of the prompt, after vision token pruning.
       image_tokens: placeholders of images in the prompt.
       audio_tokens: placeholders of speech in the prompt.
       cached_tokens: tokens of the prompt whose rows were reused.
@@ -103,6 +109,8 @@ class Usage:
       forced_tokens: of the answer, appended without a step because the constraint forced them.
       accepted_draft_tokens: of the answer, verified from a draft.
       rejected_draft_tokens: of drafts, not used.
+      dropped_image_tokens: placeholders that vision token pruning removed.
+      skipped_layers: layers that early exit did not run, summed over tokens.
       preemptions: times that the request was interrupted by one of a higher priority.
     """
 
@@ -114,6 +122,8 @@ class Usage:
     forced_tokens: int = 0
     accepted_draft_tokens: int = 0
     rejected_draft_tokens: int = 0
+    dropped_image_tokens: int = 0
+    skipped_layers: int = 0
     preemptions: int = 0
 
 
@@ -173,5 +183,9 @@ class Handle:
 
     def result(self) -> tuple[list[int], Finished]:
         """Wait for the end, and return the tokens and the last event."""
-        *tokens, end = self
-        return [event.token for event in tokens if isinstance(event, Token)], end
+        tokens: list[int] = []
+        for event in self:
+            if isinstance(event, Finished):
+                return tokens, event
+            tokens.append(event.token)
+        raise RuntimeError("the engine delivered no end")

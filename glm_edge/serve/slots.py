@@ -7,7 +7,15 @@ import numpy as np
 
 from glm_edge.serve.backend import ReadyPrompt
 from glm_edge.serve.prefix_cache import block_keys
-from glm_edge.serve.requests import Event, Finished, Handle, Request, Token, Usage
+from glm_edge.serve.requests import (
+    Event,
+    Finished,
+    Handle,
+    Matcher,
+    Request,
+    Token,
+    Usage,
+)
 
 # Longest and shortest run of tokens by which a draft is looked up.
 LONGEST_RUN, SHORTEST_RUN = 4, 2
@@ -43,21 +51,29 @@ class Task:
           order: number of the submission.
           capacity: most tokens of the text.
         """
-        self.handle, self.prompt, self.order = handle, prompt, order
-        self.keys = block_keys(prompt.tokens, prompt.media)
-        count = len(prompt.tokens)
-        self.limit = min(capacity, count + self.request.max_new_tokens)
+        self.handle, self.order = handle, order
         self.text = np.zeros(capacity, np.int32)
-        self.text[:count] = prompt.tokens
-        self.length, self.rows = count, 0
+        self.usage = Usage()
         self.saved: list[Any] | None = None
         self.stop_tokens = frozenset(self.request.stop_tokens)
         self.matcher = None if self.request.matcher is None else self.request.matcher.copy()
-        self.usage = Usage(
-            prompt_tokens=count,
-            image_tokens=prompt.media_tokens("image"),
-            audio_tokens=prompt.media_tokens("audio"),
-        )
+        self.begin_with(prompt)
+
+    def begin_with(self, prompt: ReadyPrompt) -> None:
+        """Set the prompt, before anything runs."""
+        self.prompt, count = prompt, len(prompt.tokens)
+        self.keys = block_keys(prompt.tokens, prompt.positions, prompt.media)
+        self.limit = min(len(self.text), count + self.request.max_new_tokens)
+        self.text[:count] = prompt.tokens
+        self.length, self.rows = count, 0
+        self.usage.prompt_tokens = count
+        self.usage.image_tokens = prompt.media_tokens("image")
+        self.usage.audio_tokens = prompt.media_tokens("audio")
+
+    def written_keys(self) -> list[bytes]:
+        """Return the keys of the complete blocks of all tokens that have rows."""
+        positions = self.positions(0, self.rows)
+        return block_keys(self.text[: self.rows], positions, self.prompt.media)
 
     @property
     def request(self) -> Request:
@@ -124,16 +140,22 @@ class Task:
         """Give the end to the client."""
         self.deliver(Finished(reason, self.usage, error))
 
-    def allowed(self, everything: np.ndarray) -> np.ndarray:
+    def allowed(
+        self, everything: np.ndarray, length: int | None = None, matcher: Matcher | None = None
+    ) -> np.ndarray:
         """Return the bits of the tokens that may be drawn next.
 
         Args:
           everything: uint32 [W] with all bits set.
+          length: tokens of a longer text; None takes the present text and constraint.
+          matcher: state of the constraint after the longer text.
         """
+        if length is None:
+            length, matcher = self.length, self.matcher
         bits = everything
-        if self.matcher is not None:
-            bits = np.asarray(self.matcher.allowed()).view(np.uint32)
-        if self.generated < self.request.min_new_tokens and self.stop_tokens:
+        if matcher is not None:
+            bits = np.asarray(matcher.allowed()).view(np.uint32)
+        if length - self.prompt_length < self.request.min_new_tokens and self.stop_tokens:
             bits = bits.copy()
             for token in self.stop_tokens:
                 bits[token // 32] &= ~np.uint32(1 << (token % 32))
@@ -153,9 +175,13 @@ class Task:
         if most < 1 or (request.draft is None and not request.prompt_lookup):
             return []
         text = self.text[: self.length]
-        proposed: Sequence[int] = ()
+        proposed: Sequence[int] | np.ndarray = ()
         if request.draft is not None:
-            proposed = _continuation(np.asarray(request.draft), text[self.prompt_length :], most)
+            source, answer = np.asarray(request.draft), text[self.prompt_length :]
+            if np.array_equal(source[: len(answer)], answer):
+                proposed = source[len(answer) : len(answer) + most]
+            else:
+                proposed = _continuation(source, answer, most)
         if not len(proposed) and request.prompt_lookup:
             proposed = _continuation(text[:-1], text, most)
         return [int(token) for token in proposed if token not in self.stop_tokens]
@@ -163,8 +189,6 @@ class Task:
 
 def _continuation(source: np.ndarray, text: np.ndarray, most: int) -> np.ndarray:
     """Return what follows in `source` after the last place where the end of `text` occurs."""
-    if len(text) <= LONGEST_RUN and (source[: len(text)] == text).all():
-        return source[len(text) : len(text) + most]
     for run in range(min(LONGEST_RUN, len(text)), SHORTEST_RUN - 1, -1):
         if len(source) <= run:
             continue

@@ -23,6 +23,7 @@ from experiments.nano.phone_screens.generator import (
     WIDTH,
     Element,
     Screen,
+    ScreenGenerator,
 )
 from experiments.nano.phone_screens.speech import DIGIT_WORDS
 from glm_edge.preprocess.tokens import ASSISTANT, USER
@@ -104,26 +105,67 @@ def draw_turn(rng: np.random.Generator, screen: Screen, wording: str = "train") 
     return _sequence(rng, screen, wording)
 
 
+def draw_task(
+    rng: np.random.Generator, generator: ScreenGenerator, wording: str = "train"
+) -> tuple[str, list[tuple[Screen, instructions.Question]]]:
+    """Draw a complete task, with the screen that each of its steps is about.
+
+    Args:
+      rng: random generator.
+      generator: source of the screens.
+      wording: "train" or "exam", see `wordings`.
+
+    Returns:
+      `(task, steps)`: the written task, and per step its screen and its question without text.
+    """
+    if rng.random() < FORMS["dial"] / (FORMS["dial"] + FORMS["sequence"]):
+        screen = generator.draw(rng, "keypad")
+        task, number = _number(rng, [e for e in screen.elements if e.type == "key"], wording)
+        return task, [(screen, _answer(key)) for key in number]
+    screens = [generator.draw(rng) for _ in range(_length(rng))]
+    elements = [_pick(rng, instructions.targets(screen)) for screen in screens]
+    task, answers = _joined(rng, elements, wording)
+    return task, list(zip(screens, answers, strict=True))
+
+
 def _dial(rng: np.random.Generator, keys: list[Element], wording: str) -> Turn:
-    number = [keys[int(i)] for i in rng.integers(len(keys), size=_length(rng))]
-    words = rng.random() < 0.3
-    digits = [DIGIT_WORDS[int(key.name)] if words else key.name for key in number]
-    task = _pick(rng, DIAL[wording]).format(_pick(rng, DIGIT_JOINS[wording]).join(digits))
+    task, number = _number(rng, keys, wording)
     step = int(rng.integers(len(number) + 1))
     history = tuple(_tap_of(key) for key in number[:step])
     return Turn(task, history, _answer(number[step] if step < len(number) else None))
 
 
+def _number(
+    rng: np.random.Generator, keys: list[Element], wording: str
+) -> tuple[str, list[Element]]:
+    """Draw a task to dial digits, and its keys."""
+    number = [keys[int(i)] for i in rng.integers(len(keys), size=_length(rng))]
+    words = rng.random() < 0.3
+    digits = [DIGIT_WORDS[int(key.name)] if words else key.name for key in number]
+    task = _pick(rng, DIAL[wording]).format(_pick(rng, DIGIT_JOINS[wording]).join(digits))
+    return task, number
+
+
 def _sequence(rng: np.random.Generator, screen: Screen, wording: str) -> Turn:
     count = _length(rng)
     step = int(rng.integers(count + 1))
-    kinds = [str(kind) for kind in rng.choice(list(STEPS), count, p=list(STEPS.values()))]
+    # Other steps have other screens, of which the request has only the answers.
+    present = _pick(rng, instructions.targets(screen))
+    elements = [present if index == step else _elsewhere(rng) for index in range(count)]
+    task, answers = _joined(rng, elements, wording)
+    history = tuple(answer.answer_action for answer in answers[:step])
+    return Turn(task, history, answers[step] if step < count else _answer(None))
+
+
+def _joined(
+    rng: np.random.Generator, elements: Sequence[Element], wording: str
+) -> tuple[str, list[instructions.Question]]:
+    """Draw the kinds of steps, and join their instructions; some tap their element."""
+    kinds = [str(kind) for kind in rng.choice(list(STEPS), len(elements), p=list(STEPS.values()))]
     if kinds[0] == "back":
         kinds[0] = "tap"
     texts, answers = [], []
-    for index, kind in enumerate(kinds):
-        # Other steps have other screens, of which the request has only the answers.
-        element = _pick(rng, instructions.targets(screen)) if index == step else _elsewhere(rng)
+    for kind, element in zip(kinds, elements, strict=True):
         if kind == "tap":
             texts.append(instructions.describe(rng, element, wording, plain=True))
             answers.append(_answer(element))
@@ -135,8 +177,7 @@ def _sequence(rng: np.random.Generator, screen: Screen, wording: str) -> Turn:
     join = _pick(rng, JOINS[wording])
     for text in texts[1:]:
         task += (join if rng.random() < 0.7 else _pick(rng, JOINS[wording])) + text
-    history = tuple(answer.answer_action for answer in answers[:step])
-    return Turn(task, history, answers[step] if step < count else _answer(None))
+    return task, answers
 
 
 def _new_instruction(rng: np.random.Generator, screen: Screen, wording: str) -> Turn:

@@ -204,6 +204,7 @@ class SignatureRunner:
         slot: int,
         cache: dict[str, np.ndarray],
         every_position: bool = False,
+        positions: np.ndarray | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Run embedded tokens, starting at a slot of the cache.
 
@@ -215,6 +216,7 @@ class SignatureRunner:
           slot: slot of the first token; the slots before it are full.
           cache: cache from `empty_cache`, or from the previous call.
           every_position: whether to return logits of all tokens instead of the last only.
+          positions: three-dimensional rotary positions [3, T]; None takes the slots.
 
         Returns:
           `(logits, cache)`: logits [T, V] or [1, V], and the cache with these tokens.
@@ -232,8 +234,9 @@ class SignatureRunner:
             chunks = (*self._chunks(slot, end - 1), (end - 1, end, 1))
         for start, end, length in chunks:
             attended = self.attended(start, length)
-            rows = embedded[start - slot : end - slot]
-            inputs = self.step_inputs(rows, start, length, attended)
+            part = slice(start - slot, end - slot)
+            placed = None if positions is None else positions[:, part]
+            inputs = self.step_inputs(embedded[part], start, length, attended, placed)
             outputs = self.run(step_name(length, attended), **inputs, **cache)
             if "logits" in outputs:
                 logits.append(outputs.pop("logits")[0, : end - start])
@@ -264,7 +267,12 @@ class SignatureRunner:
         return other
 
     def step_inputs(
-        self, embedded: np.ndarray, slot: int, length: int, attended: int | None = None
+        self,
+        embedded: np.ndarray,
+        slot: int,
+        length: int,
+        attended: int | None = None,
+        positions: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """Make the inputs of `decode` or `prefill_<length>` except the cache.
 
@@ -273,19 +281,21 @@ class SignatureRunner:
           slot: slot of the first token.
           length: token count of the signature.
           attended: number of slots that it attends to; None for all.
+          positions: three-dimensional rotary positions of the tokens; None takes the slots.
 
         Returns:
           Inputs by name.
         """
-        positions = np.arange(slot, slot + length, dtype=np.int32)
-        visible = np.arange(attended or self.cache_slots) <= positions[:, None]
+        slots = np.arange(slot, slot + length, dtype=np.int32)
+        visible = np.arange(attended or self.cache_slots) <= slots[:, None]
         inputs = {
             "embeddings": _padded(embedded, length)[None],
-            "input_pos": positions,
+            "input_pos": slots,
             "mask": np.where(visible, 0.0, MASKED).astype(np.float32)[None, None],
         }
         if self.config.decoder.mrope_section:
-            inputs["positions"] = np.broadcast_to(positions, (3, length))
+            placed = slots[None] if positions is None else _padded(positions.T, length).T
+            inputs["positions"] = np.broadcast_to(placed, (3, length))
         return inputs
 
     def _within(self, start: int, end: int) -> range:
