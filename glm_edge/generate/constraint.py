@@ -14,7 +14,7 @@ import re
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +36,19 @@ _SHOWN = 200
 # Per tokenizer: llguidance's tokenizer, and the version of the tokenizer that it was made from.
 _TOKENIZERS: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
+
+
+class _Machine(Protocol):
+    """The methods of `llguidance.LLMatcher` that a matcher calls."""
+
+    def compute_bitmask(self) -> bytes: ...
+    def compute_ff_tokens(self) -> list[int]: ...
+    def consume_token(self, token: int) -> bool: ...
+    def rollback(self, count: int) -> bool: ...
+    def deep_copy(self) -> "_Machine": ...
+    def is_accepting(self) -> bool: ...
+    def is_error(self) -> bool: ...
+    def get_error(self) -> str: ...
 
 
 class Constraints:
@@ -133,7 +146,7 @@ class Matcher:
     One thread at a time may use a matcher.
     """
 
-    def __init__(self, machine: Any, kind: str, text: np.ndarray, stops: np.ndarray) -> None:
+    def __init__(self, machine: _Machine, kind: str, text: np.ndarray, stops: np.ndarray) -> None:
         """Start a text; call `Constraints.start` instead.
 
         Args:

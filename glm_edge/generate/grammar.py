@@ -20,6 +20,8 @@ ESCAPES = r"nrbtf\""
 _MAX_CHARACTERS = {"json_schema": 65536, "regex": 8192, "lark": 32768, "phone_actions": 0}
 # llguidance overflowed a stack of 8 MiB between 2,000 and 5,000 rules that refer to each other.
 _MAX_RULES = 500
+# Intersections and complements: the states of their operands multiply.
+_MAX_OPERATORS = 8
 _LITERALS = re.compile(
     r'"(?:\\.|[^"\\\n])*"|/(?![/\s])(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n]*', re.DOTALL
 )
@@ -87,10 +89,11 @@ class Grammar:
           DataError: the schema is not JSON, too large, or has keywords without support, which are
             never ignored.
         """
-        if isinstance(schema, str):
-            schema = parse_json(schema, "schema", DataError, _MAX_CHARACTERS["json_schema"])
-        # Names outside ASCII are escaped, which doubles or triples their length.
-        return cls("json_schema", json.dumps(checked_schema(schema), separators=(",", ":")))
+        limit = _MAX_CHARACTERS["json_schema"]
+        value = (
+            parse_json(schema, "schema", DataError, limit) if isinstance(schema, str) else schema
+        )
+        return cls("json_schema", json.dumps(checked_schema(value), separators=(",", ":")))
 
     @classmethod
     def json_object(cls) -> "Grammar":
@@ -126,7 +129,8 @@ class Grammar:
           The grammar. `glm_edge.generate.Constraints` checks the syntax.
 
         Raises:
-          DataError: the grammar has more than 32,768 characters or 500 rules, or refused syntax.
+          DataError: the grammar has more than 32,768 characters or 500 rules, more than 8
+            operators `&` and `~`, or refused syntax.
 
         References:
           llguidance, https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
@@ -138,6 +142,11 @@ class Grammar:
                 raise DataError(f"lark: {match[0]!r:.60}: {meaning} are not supported")
         if rules.count(":") > _MAX_RULES:
             raise DataError(f"lark: has {rules.count(':')} rules; the limit is {_MAX_RULES}")
+        operators = rules.count("&") + rules.count("~")
+        if operators > _MAX_OPERATORS:
+            raise DataError(
+                f"lark: has {operators} operators & and ~; the limit is {_MAX_OPERATORS}"
+            )
         return grammar
 
     @classmethod

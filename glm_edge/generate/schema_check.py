@@ -17,6 +17,10 @@ MAX_REFERENCED_DEPTH = 400
 # More optional properties exceed llguidance's 2,000 items per row of its parser.
 MAX_OPTIONAL = 400
 MAX_PATTERN = 8192
+# Every pair of them is compared.
+MAX_NAME_PATTERNS = 100
+# The states of an intersection multiply: 16 short patterns ran for minutes.
+MAX_INTERSECTED = 8
 # Divisors become automata of that many states.
 MAX_DIVISOR = 10_000
 # Integers above it are rounded to float64.
@@ -32,6 +36,7 @@ _VALUES = frozenset(
         *("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"),
     ]
 )
+_STRINGS = frozenset(["pattern", "format"])
 _ANNOTATIONS = frozenset(
     [
         *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"),
@@ -67,6 +72,7 @@ def checked_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     checker = _Checker()
     plain = checker.schema(root, "schema", 0)
     checker.check_references(plain)
+    checker.check_intersections()
     return plain
 
 
@@ -76,11 +82,17 @@ class _Checker:
     Attributes:
       references: where each `$ref` was first used.
       divisor: product of all `multipleOf`, as several can apply to one value.
+      strings: patterns and formats.
+      name_patterns: count of patterns of property names.
+      intersection: where several schemas first apply to one value.
     """
 
     def __init__(self) -> None:
         self.references: dict[str, str] = {}
         self.divisor = Decimal(1)
+        self.strings: set[str] = set()
+        self.name_patterns = 0
+        self.intersection = ""
 
     def schema(self, value: Any, where: str, depth: int) -> Any:
         if isinstance(value, bool):
@@ -167,6 +179,16 @@ class _Checker:
         patterns = [*schema.get("patternProperties", ()), schema.get("pattern", "")]
         if any(len(pattern) > MAX_PATTERN for pattern in patterns if isinstance(pattern, str)):
             raise DataError(f"{where}: a pattern has more than {MAX_PATTERN} characters")
+        self.name_patterns += len(schema.get("patternProperties", ()))
+        if self.name_patterns > MAX_NAME_PATTERNS:
+            raise DataError(f"{where}.patternProperties: the limit is {MAX_NAME_PATTERNS}")
+        self.strings.update(f"{name}: {schema[name]}" for name in _STRINGS & schema.keys())
+        parts = len(schema.get("allOf", ())) + len({"anyOf", "oneOf", "$ref"} & schema.keys())
+        siblings = (
+            _STRINGS | _ONE | {"properties", "patternProperties", "prefixItems"}
+        ) & schema.keys()
+        if parts + bool(siblings) > 1 and not self.intersection:
+            self.intersection = where
         divisor = schema.get("multipleOf", 1)
         if isinstance(divisor, bool) or not isinstance(divisor, int | float) or divisor <= 0:
             raise DataError(f"{where}.multipleOf: must be a number above 0")
@@ -176,6 +198,14 @@ class _Checker:
             raise DataError(
                 f"{where}.multipleOf: the digits of all divisors have the product {self.divisor}; "
                 f"the limit is {MAX_DIVISOR}"
+            )
+
+    def check_intersections(self) -> None:
+        """Refuse many patterns in a schema that can apply several to one string."""
+        if self.intersection and len(self.strings) > MAX_INTERSECTED:
+            raise DataError(
+                f"{self.intersection}: several schemas apply to one value, and the schema has "
+                f"{len(self.strings)} patterns and formats; the limit is {MAX_INTERSECTED}"
             )
 
     def check_references(self, root: dict[str, Any]) -> None:
