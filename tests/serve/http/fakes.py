@@ -24,6 +24,7 @@ class ScriptedBackend:
         self.config = nano_config()
         self.num_slots, self.capacity, self.chunk, self.scored = num_slots, capacity, 256, 8
         self.tokenizer = tokenizer
+        self.exits = None
         self.assistant = tokenizer.token_to_id("<|assistant|>")
         self.script = []
         self.texts = np.zeros((num_slots, capacity + 300), np.int32)
@@ -47,7 +48,7 @@ class ScriptedBackend:
     def encode(self, media):
         return np.zeros((media.count, self.config.decoder.hidden_size), np.float32)
 
-    def extend(self, slot, start, tokens, positions, features, all_scores):
+    def extend(self, slot, start, tokens, positions, features, placed, all_scores):
         end = start + len(tokens)
         self.texts[slot, start:end] = tokens
         if not all_scores:
@@ -55,7 +56,7 @@ class ScriptedBackend:
         lengths = np.minimum(start + 1 + np.arange(self.scored), end)
         return np.stack([self.scores(slot, length) for length in lengths])
 
-    def step(self, tokens, lengths, positions):
+    def step(self, tokens, lengths, positions, count):
         assert self.gate.wait(60)
         self.steps += 1
         time.sleep(self.delay)
