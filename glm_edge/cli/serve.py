@@ -15,6 +15,7 @@ machine cannot read. It protects the paths below /v1.
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 from absl import flags, logging
@@ -22,10 +23,13 @@ from absl import flags, logging
 import glm_edge as ge
 from glm_edge.cli.checkpoints import CHECKPOINT_HELP, checkpoint_of
 from glm_edge.cli.console import refuse_arguments
-from glm_edge.errors import require
+from glm_edge.errors import DataError, require
+from glm_edge.generate.early_exit import early_exit
 from glm_edge.preprocess.processor import Processor
 from glm_edge.serve import Engine, JaxBackend
+from glm_edge.serve.backend import Backend
 from glm_edge.serve.http import Limits, Server, Service
+from glm_edge.serve.runner_backend import RunnerBackend
 
 FLAGS = flags.FLAGS
 KEY_VARIABLE = "GLM_EDGE_API_KEY"
@@ -39,6 +43,8 @@ flags.disclaim_key_flags()
 def define_flags() -> None:
     """Define the command's flags."""
     flags.DEFINE_string("model", None, CHECKPOINT_HELP)
+    flags.DEFINE_string("processor", None, "Checkpoint with the tokenizer of a --model=*.tflite.")
+    flags.DEFINE_list("exits", [], "Layers of early exit, which requests may then use.")
     flags.DEFINE_list("names", [], "Names of the model for clients; default: that of the folder.")
     flags.DEFINE_string("host", "127.0.0.1", "Address; the default is this machine only.")
     flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one.", 0, 65535)
@@ -76,6 +82,8 @@ def main(argv: Sequence[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     checkpoint = checkpoint_of(FLAGS.model)
+    if _is_file(checkpoint) and not FLAGS.processor:
+        raise DataError(f"{checkpoint}: a file has no tokenizer; pass processor=DIR")
     key = FLAGS.api_key or os.environ.get(KEY_VARIABLE) or None
     if key is None and FLAGS.host not in LOOPBACK:
         logging.warning("--host=%s without a key: anyone who reaches it may ask", FLAGS.host)
@@ -85,18 +93,17 @@ def main(argv: Sequence[str]) -> None:
         memory_bytes=FLAGS.memory_mb << 20,
         image_pixels=round(FLAGS.image_megapixels * 1e6),
     )
-    model, params = ge.load(checkpoint)
-    backend = JaxBackend(model, params, FLAGS.slots, FLAGS.context, FLAGS.cache_dtype)
+    backend = _backend(checkpoint)
     engine = Engine(backend, cache_bytes=FLAGS.cache_mb << 20, queue_size=FLAGS.queue_size)
     service = Service(
         engine,
-        Processor.from_checkpoint(checkpoint),
-        names=FLAGS.names or [checkpoint.resolve().name],
+        Processor.from_checkpoint(checkpoint_of(FLAGS.processor or FLAGS.model)),
+        names=FLAGS.names or [checkpoint.resolve().name.removesuffix(".tflite")],
         limits=limits,
         api_key=key,
         thinking=FLAGS.thinking,
     )
-    print(f"compiling programs for {FLAGS.slots} slots", flush=True)
+    print(f"compiling programs for {backend.num_slots} slots", flush=True)
     backend.warm_up()
     engine.start()
     server = Server(
@@ -110,3 +117,21 @@ def main(argv: Sequence[str]) -> None:
         ),
     )
     server.run()
+
+
+def _is_file(checkpoint: Path) -> bool:
+    return checkpoint.suffix == ".tflite"
+
+
+def _backend(checkpoint: Path) -> Backend:
+    """Open an exported file, or load a checkpoint."""
+    if _is_file(checkpoint):
+        return RunnerBackend.from_file(checkpoint)
+    model, params = ge.load(checkpoint)
+    exits = None
+    if FLAGS.exits:
+        try:
+            exits = early_exit(model, [int(layer) for layer in FLAGS.exits])
+        except ValueError as error:
+            raise DataError(f"exits={','.join(FLAGS.exits)}: {error}") from error
+    return JaxBackend(model, params, FLAGS.slots, FLAGS.context, FLAGS.cache_dtype, exits=exits)

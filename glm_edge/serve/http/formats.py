@@ -91,12 +91,14 @@ def usage_of(answers: Sequence[Answer], n: int) -> dict[str, Any]:
             "image_tokens": image,
             "audio_tokens": audio,
             "text_tokens": prompt - image - audio,
+            "dropped_image_tokens": sum(usage.dropped_image_tokens for usage in prompts),
         },
         "completion_tokens_details": {
             "reasoning_tokens": sum(answer.reasoning_tokens for answer in answers),
             "accepted_prediction_tokens": sum(usage.accepted_draft_tokens for usage in ends),
             "rejected_prediction_tokens": sum(usage.rejected_draft_tokens for usage in ends),
             "forced_tokens": sum(usage.forced_tokens for usage in ends),
+            "skipped_layers": sum(usage.skipped_layers for usage in ends),
         },
     }
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from glm_edge.errors import DataError
 from glm_edge.files import parse_json
+from glm_edge.generate.token_pruning import VisionTokens
 from glm_edge.preprocess.inputs import Inputs
 from glm_edge.preprocess.tokens import decode, encode, text_ids
 from glm_edge.serve.http.answers import OMIT, SEPARATE, AnswerForm
@@ -116,7 +117,9 @@ def prepare_chat(service: Service, raw: bytes, content_type: str) -> Prepared:
         next_call=None if syntax is None else syntax.next_call,
     )
     return Prepared(
-        requests=_requests(service, body.options, [inputs], matcher, draft),
+        requests=_requests(
+            service, body.options, [inputs], matcher, draft, _vision_tokens(service, body)
+        ),
         forms=[form] * body.options.n,
         format=ChatFormat(model, body.options, int(inputs.valid.sum())),
         stream=body.options.stream,
@@ -158,6 +161,7 @@ def _requests(
     rows: Sequence[Inputs],
     matcher: Matcher | None,
     draft: list[int] | None,
+    vision_tokens: VisionTokens | None = None,
 ) -> list[Request]:
     """Make `n` requests per prompt, with successive seeds."""
     size, capacity = service.config.decoder.vocab_size, service.engine.backend.capacity
@@ -176,6 +180,9 @@ def _requests(
         logprobs=options.logprobs,
         matcher=matcher,
         draft=draft,
+        prompt_lookup=options.prompt_lookup,
+        exit_threshold=options.early_exit,
+        vision_tokens=vision_tokens,
         priority=options.priority,
     )
     seeds = [None] * options.n
@@ -222,6 +229,12 @@ def _thinking_variable(service: Service, thinking: bool | None) -> dict[str, boo
             "enable_thinking",
         )
     return {}
+
+
+def _vision_tokens(service: Service, body: ChatBody) -> VisionTokens | None:
+    if body.vision_tokens is not None and service.config.vision is None:
+        raise ApiError("vision_tokens: this model reads no images", "vision_tokens")
+    return body.vision_tokens
 
 
 def _opens_thought(service: Service, inputs: Inputs) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from glm_edge.generate.grammar import Grammar
 from glm_edge.generate.row_sampling import MAX_BIASES, MAX_LOGPROBS
 from glm_edge.generate.sampling import Sampling
+from glm_edge.generate.token_pruning import VisionTokens
 from glm_edge.serve.http.errors import ApiError
 from glm_edge.serve.http.fields import Fields
 from glm_edge.serve.http.grammars import read_grammar
@@ -36,6 +37,8 @@ TIERS = {
     "fast": Priority.INTERACTIVE,
     "priority": Priority.INTERACTIVE,
 }
+# Attention is known only inside the decoder.
+VISION_SCORES = ("novelty", "norm")
 # Names that `Processor` reads itself; as variables they could open files or spell special tokens.
 RESERVED = frozenset(
     [
@@ -67,6 +70,8 @@ class Options:
       priority: of the request.
       tier: name of the priority in the answer.
       grammar: what the answer must match, or None.
+      prompt_lookup: drafts continuations from the text.
+      early_exit: threshold of early exit, or None.
     """
 
     model: str | None
@@ -86,6 +91,8 @@ class Options:
     priority: Priority
     tier: str
     grammar: Grammar | None
+    prompt_lookup: bool
+    early_exit: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +107,7 @@ class ChatBody:
       enable_thinking: requested state of thinking, or None.
       return_reasoning: True separates thoughts, False omits them, None follows the service.
       draft: text that the answer may begin with, or None.
+      vision_tokens: vision token pruning, or None.
     """
 
     options: Options
@@ -109,6 +117,7 @@ class ChatBody:
     enable_thinking: bool | None
     return_reasoning: bool | None
     draft: str | None
+    vision_tokens: VisionTokens | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +169,7 @@ def read_chat(values: Any, limits: Limits) -> ChatBody:
         enable_thinking=enable_thinking,
         return_reasoning=fields.boolean("return_reasoning"),
         draft=_prediction(fields, limits),
+        vision_tokens=_vision_tokens(fields),
     )
     fields.finish()
     if tools is not None and tools.choice != "none" and body.options.grammar is not None:
@@ -226,6 +236,8 @@ def _options(
         priority=priority,
         tier=tier,
         grammar=grammar,
+        prompt_lookup=fields.boolean("prompt_lookup") or False,
+        early_exit=fields.number("early_exit", 0, 1),
     )
 
 
@@ -345,6 +357,19 @@ def _prediction(fields: Fields, limits: Limits) -> str | None:
     if not isinstance(content, str) or len(content) > limits.characters:
         raise fields.refused("prediction", "content must be a text or a list of text parts")
     return content
+
+
+def _vision_tokens(fields: Fields) -> VisionTokens | None:
+    """Read the pruning of an image's features before the first layer."""
+    options = fields.object("vision_tokens")
+    if options is None:
+        return None
+    keep = options.number("keep", 0, 1)
+    if not keep:
+        raise options.refused("keep", "must be a fraction above 0 and up to 1")
+    score = options.choice("score", VISION_SCORES) or VISION_SCORES[0]
+    options.finish()
+    return VisionTokens(keep, score, 0)
 
 
 def _prompts(fields: Fields, limits: Limits) -> list[str | list[int]]:

@@ -172,6 +172,11 @@ def test_a_prediction_is_verified(ask, backend):
     assert details["accepted_prediction_tokens"] > 0
 
 
+def test_early_exit_needs_exits(ask):
+    response = ask(early_exit=0.9)
+    assert (response.status_code, "no exits" in response.text) == (400, True)
+
+
 def test_a_constraint_is_enforced(ask, backend):
     pytest.importorskip("llguidance")
     backend.say("something else altogether")

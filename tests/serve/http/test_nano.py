@@ -62,6 +62,11 @@ def test_a_screen_in_a_data_url(ask, expected):
     assert body["choices"][0]["message"]["content"] == expected(same)
     details = body["usage"]["prompt_tokens_details"]
     assert details["image_tokens"] > 0
+    pruned = ask(parts, temperature=0, vision_tokens={"keep": 0.5})["usage"]
+    half = pruned["prompt_tokens_details"]
+    assert half["dropped_image_tokens"] > 0
+    assert half["image_tokens"] + half["dropped_image_tokens"] == details["image_tokens"]
+    assert half["text_tokens"] == details["text_tokens"]
     assert details["text_tokens"] + details["image_tokens"] == body["usage"]["prompt_tokens"]
 
 
