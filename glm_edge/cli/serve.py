@@ -16,6 +16,7 @@ machine cannot read. It protects the paths below /v1.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags, logging
@@ -126,7 +127,9 @@ def _is_file(checkpoint: Path) -> bool:
 def _backend(checkpoint: Path) -> Backend:
     """Open an exported file, or load a checkpoint."""
     if _is_file(checkpoint):
-        return RunnerBackend.from_file(checkpoint)
+        backend: Any = RunnerBackend.from_file(checkpoint)
+        return backend
+    model: Any
     model, params = ge.load(checkpoint)
     exits = None
     if FLAGS.exits:

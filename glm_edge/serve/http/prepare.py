@@ -165,7 +165,7 @@ def _requests(
 ) -> list[Request]:
     """Make `n` requests per prompt, with successive seeds."""
     size, capacity = service.config.decoder.vocab_size, service.engine.backend.capacity
-    biased = [token for token, _ in options.sampling.logit_bias]
+    biased = list(dict(options.sampling.logit_bias))
     for name, tokens in (("logit_bias", biased), ("stop_token_ids", options.stop_token_ids)):
         if outside := [token for token in tokens if token >= size]:
             raise ApiError(f"{name}: {outside[0]} is not in 0..{size - 1}", name)
@@ -185,7 +185,7 @@ def _requests(
         vision_tokens=vision_tokens,
         priority=options.priority,
     )
-    seeds = [None] * options.n
+    seeds: list[int | None] = [None] * options.n
     if options.seed is not None:
         seeds = [(options.seed + index) & 0xFFFFFFFF for index in range(options.n)]
     return [replace(request, inputs=inputs, seed=seed) for inputs in rows for seed in seeds]

@@ -93,10 +93,10 @@ class Server:
 
 def _server(config: Any, owner: Server) -> Any:
     """Make uvicorn's server with an orderly end."""
-    uvicorn = require("uvicorn", extra="serve")
+    base: Any = require("uvicorn", extra="serve").Server
     engine = owner.service.engine
 
-    class DrainingServer(uvicorn.Server):
+    class DrainingServer(base):
         loop: asyncio.AbstractEventLoop | None = None
         drain: asyncio.Task[None] | None = None
         signals = 0
@@ -140,9 +140,9 @@ def _protocol(header_s: float) -> Any:
     ever.
     """
     h11 = require("h11", extra="serve")
-    base = require("uvicorn.protocols.http.h11_impl", extra="serve").H11Protocol
+    base: Any = require("uvicorn.protocols.http.h11_impl", extra="serve").H11Protocol
 
-    class TimedProtocol(base):  # type: ignore[misc,valid-type]
+    class TimedProtocol(base):
         header_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:

@@ -126,7 +126,7 @@ class CallSyntax:
           The syntax, or None if the template has no tools or writes calls in another way.
         """
         call = {"name": _PROBE, "arguments": {"a": 1}}
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "user", "content": "x"},
             {"role": "assistant", "content": "", "tool_calls": [{"function": call}]},
         ]
@@ -168,7 +168,8 @@ class CallMatcher:
         if self._inner is not None:
             return self._inner.forced()
         # Up to the last token, behind which the arguments decide.
-        forced, twin = [], self.copy()
+        forced: list[int] = []
+        twin = self.copy()
         while twin._inner is None and len(following := twin._following()) == 1:
             forced += following
             twin.accept(forced[-1])
