@@ -1,4 +1,4 @@
-"""Compress, export, measure and plan from the command line.
+"""Compress, export, measure, plan and serve from the command line.
 
     glm-edge COMMAND --flag=value ...
     glm-edge COMMAND --help
@@ -26,12 +26,8 @@ COMMANDS = {
     "export": "write an on-device file, and verify it against JAX",
     "evaluate": "measure the loss on text, and the distance from a reference",
     "plan": "list the formats and sizes that fit a memory budget, from shapes alone",
-    "serve": "answer requests over HTTP (not built yet)",
+    "serve": "answer requests over HTTP, in the form of OpenAI's API",
 }
-SERVE = (
-    "error: serve: not built yet; it will be an engine with an OpenAI-compatible endpoint. Until "
-    "then, use glm_edge.chat(model, params, processor, messages) in Python"
-)
 # XLA reads the first when its backend starts, OpenBLAS the second when numpy is imported. XLA's
 # concurrent scheduler keeps every dense weight in memory at once, and OpenBLAS' threads spin.
 ENVIRONMENT = {
@@ -58,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = arguments[0]
     if name not in COMMANDS:
         sys.exit(f"error: unknown command {name!r}; known: {', '.join(COMMANDS)}")
-    if name == "serve":
-        sys.exit(SERVE)
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     command = importlib.import_module(f"glm_edge.cli.{name}")

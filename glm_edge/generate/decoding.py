@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from glm_edge.errors import DataError
 from glm_edge.generate import steps
+from glm_edge.generate.constraint import Matcher
 from glm_edge.generate.options import DecodeOptions
 from glm_edge.generate.prompts import Prompt, config_of
 from glm_edge.generate.sampling import Sampling
@@ -118,8 +119,12 @@ def stream(
     stop_tokens: Sequence[int] | None = None,
     rng: Array | None = None,
     options: DecodeOptions = DEFAULTS,
+    matchers: Sequence[Matcher] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the tokens of `generate` one by one, and end when every row has stopped.
+
+        matcher = Constraints(tokenizer, eos_token_ids, vocab_size).start(Grammar.json_object())
+        for tokens in stream(model, params, inputs, matchers=[matcher]):
 
     Args:
       model: the model.
@@ -130,23 +135,28 @@ def stream(
       stop_tokens: token ids that end a row.
       rng: a PRNG key, or [B] keys.
       options: of the cache and of skipped computation.
+      matchers: constraints of the rows, of `glm_edge.generate.Constraints` with the same stop
+        tokens. They accept every token that is yielded.
 
     Yields:
       int32 [B]; a row that has stopped repeats its stop token.
 
     Raises:
-      DataError: as `generate`.
+      DataError: as `generate`; or a grammar exceeds a limit.
     """
     _, state, stops = _begin(
-        model, params, inputs, max_new_tokens, sampling, stop_tokens, rng, options
+        model, params, inputs, max_new_tokens, sampling, stop_tokens, rng, options, matchers
     )
     for remaining in range(max_new_tokens - 1, -1, -1):
         token, stopped, finite = jax.device_get((state.token, state.stopped, state.finite))
         _check_scores(finite)
+        for matcher, accepted in zip(matchers or (), token, strict=False):
+            matcher.accept(accepted)
         yield token
         if not remaining or stopped.all():
             return
-        state = steps.step(model, params, state, sampling, stops, options.early_exit)
+        allowed = _allowed(matchers, len(token))
+        state = steps.step(model, params, state, sampling, stops, options.early_exit, allowed)
 
 
 def greedy(
@@ -193,14 +203,24 @@ def _begin(
     stop_tokens: Sequence[int] | None,
     rng: Array | None,
     options: DecodeOptions,
+    matchers: Sequence[Matcher] | None = None,
 ) -> tuple[Prompt, steps.DecodeState, Array]:
     """Run the prefill and draw the first token; return the stop tokens as an array, too."""
     beyond_context = getattr(options, "beyond_context", False)
     prompt = Prompt.of(config_of(model), inputs, max_new_tokens, beyond_context)
     stops = steps.padded_stops(stop_ids(model, stop_tokens))
     state = steps.start(model, params, prompt, sampling, rng, options)
-    state = steps.with_first_token(model, state, sampling, stops, options.early_exit)
+    allowed = _allowed(matchers, len(state.token))
+    state = steps.with_first_token(model, state, sampling, stops, options.early_exit, allowed)
     return prompt, state, stops
+
+
+def _allowed(matchers: Sequence[Matcher] | None, rows: int) -> np.ndarray | None:
+    if matchers is None:
+        return None
+    if len(matchers) != rows:
+        raise DataError(f"matchers: {len(matchers)} for {rows} rows")
+    return np.stack([matcher.allowed() for matcher in matchers])
 
 
 def _check_scores(finite: np.ndarray) -> None:

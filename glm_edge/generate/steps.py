@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 
 from glm_edge.errors import DataError
+from glm_edge.generate.constraint import mask_logits
 from glm_edge.generate.early_exit import EarlyExit, run_until_sure
 from glm_edge.generate.options import DecodeOptions
 from glm_edge.generate.prompts import (
@@ -216,21 +217,28 @@ def with_first_token(
     sampling: Sampling,
     stops: Array,
     early_exit: EarlyExit | None = None,
+    allowed: np.ndarray | None = None,
 ) -> DecodeState:
-    """Draw the first token, from the prompt's scores after all layers."""
-    state = _first(state, sampling, stops)
+    """Draw the first token, from the prompt's scores after all layers.
+
+    `allowed` are rows of `glm_edge.generate.Matcher.allowed`, or None.
+    """
+    state = _first(state, sampling, stops, allowed)
     if early_exit is None:
         return state
     layers = jnp.full(state.token.shape, model.config.decoder.num_layers, jnp.int32)
     return dataclasses.replace(state, layers=layers)
 
 
-def _choose(state: DecodeState, sampling: Sampling, stops: Array) -> DecodeState:
+def _choose(
+    state: DecodeState, sampling: Sampling, stops: Array, allowed: Array | None = None
+) -> DecodeState:
     """Draw the next token of every row from `state.logits`; a stopped row repeats its token."""
     keys = state.keys
     if keys is not None:
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.index)
-    token = sample(state.logits, sampling, keys, state.in_prompt, state.counts)
+    logits = state.logits if allowed is None else mask_logits(state.logits, allowed)
+    token = sample(logits, sampling, keys, state.in_prompt, state.counts)
     token = jnp.where(state.stopped, state.token, token)
     finite = state.stopped | jnp.isfinite(state.logits).all(axis=1)
     finite = finite if state.finite is None else state.finite & finite
@@ -255,6 +263,7 @@ def _advance(
     sampling: Sampling,
     stops: Array,
     early_exit: EarlyExit | None = None,
+    allowed: Array | None = None,
 ) -> DecodeState:
     """Feed the newest token and draw the next one."""
     token, positions = state.token[:, None], state.position[:, None]
@@ -269,7 +278,7 @@ def _advance(
             model, params, token, positions, mask, state.cache, early_exit, state.stopped
         )
     state = dataclasses.replace(state, cache=cache, logits=logits, layers=layers)
-    return _choose(state, sampling, stops)
+    return _choose(state, sampling, stops, allowed)
 
 
 # The state's buffers are reused, so that a step copies no cache.

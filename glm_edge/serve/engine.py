@@ -216,7 +216,9 @@ class Engine:
             while True:
                 pings, self._pings = self._pings, []
                 for ping in pings:
-                    ping.set_result(None)
+                    # False for one whose client has left.
+                    if ping.set_running_or_notify_cancel():
+                        ping.set_result(None)
                 busy = self._waiting or self.running
                 if self._abort or (self._closing and not busy):
                     return False
@@ -236,7 +238,8 @@ class Engine:
             self._closing = True
             waiting, self._waiting = [task for _, task in self._waiting], []
             for ping in self._pings:
-                ping.set_exception(ClosedError("the engine has stopped"))
+                if ping.set_running_or_notify_cancel():
+                    ping.set_exception(ClosedError("the engine has stopped"))
         reason = "cancelled" if self._failure is None else "error"
         for task in (*self._tasks, *waiting):
             if task is not None:
@@ -321,16 +324,25 @@ class Engine:
         for slot, task in enumerate(self._tasks):
             if task is None or task.matcher is None or not (task.decoding or not task.rows):
                 continue
-            for token in task.matcher.forced():
-                if token in task.stop_tokens:
-                    break
-                task.append(token)
-                task.usage.forced_tokens += 1
-                self.counters.generated_tokens += 1
-                task.deliver_token(token, forced=True)
-                if task.length >= task.limit:
-                    self._finish(slot, "length")
-                    break
+            try:
+                self._force_on(slot, task)
+            except GlmEdgeError as error:
+                self._finish(slot, "error", str(error))
+
+    def _force_on(self, slot: int, task: Task) -> None:
+        assert task.matcher is not None
+        for token in task.matcher.forced():
+            if token in task.stop_tokens:
+                break
+            task.append(token)
+            task.usage.forced_tokens += 1
+            self.counters.generated_tokens += 1
+            task.deliver_token(token, forced=True)
+            if task.length >= task.limit:
+                self._finish(slot, "length")
+                return
+        # A grammar may exceed its limits at any point. That must not fail in a step of all slots.
+        task.matcher.allowed()
 
     def _extend_pending(self) -> set[int]:
         """Run pending tokens of several requests, together at most one chunk.
@@ -474,7 +486,11 @@ class Engine:
             pairs = zip(drawn.top_tokens[row], drawn.top_logprobs[row], strict=True)
             facts["logprob"] = float(drawn.logprobs[row])
             facts["top"] = tuple((int(other), float(value)) for other, value in pairs)
-        task.append(token)
+        try:
+            task.append(token)
+        except GlmEdgeError as error:
+            self._finish(slot, "error", str(error))
+            return
         self.counters.generated_tokens += 1
         task.deliver_token(token, **facts)
         if task.length >= task.limit:

@@ -55,7 +55,7 @@ def test_usage_lists_every_command(capsys, run):
     ("arguments", "message"),
     [
         (["compres"], "unknown command 'compres'; known: compress, export, evaluate, plan, serve"),
-        (["serve"], "serve: not built yet"),
+        (["serve", "--model=nowhere"], "nowhere"),
         (["export", "--out=nowhere/a.tflite"], "its directory does not exist"),
         (["evaluate", "--checkpoint=zai-org/glm"], "hf download zai-org/glm --local-dir glm"),
     ],
