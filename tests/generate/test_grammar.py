@@ -224,3 +224,11 @@ def test_hostile_grammars_are_refused_or_cheap(constraints, name):
             slowest = max(slowest, time.thread_time() - before)
     assert slowest < 0.5
     assert time.thread_time() - started < 3
+
+
+def test_a_limit_inside_a_text_raises_and_does_not_end_it(constraints, tokenizer):
+    # llguidance itself would allow the end of the text.
+    matcher = constraints.start(HOSTILE["repeats of repeats"]())
+    with pytest.raises(DataError, match="regex: lexer error: too many expressions"):
+        for _ in range(1000):
+            matcher.accept(tokenizer.token_to_id("a"))
