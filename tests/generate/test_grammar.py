@@ -1,5 +1,6 @@
 """Grammars of strangers take effect as they are written, or are refused, and stay cheap."""
 
+import collections
 import contextlib
 import json
 import time
@@ -224,3 +225,10 @@ def test_hostile_grammars_are_refused_or_cheap(constraints, name):
             slowest = max(slowest, time.thread_time() - before)
     assert slowest < 0.5
     assert time.thread_time() - started < 3
+
+
+def test_a_limit_inside_a_text_raises_and_does_not_end_it(constraints, tokenizer):
+    # llguidance itself would allow the end of the text.
+    matcher, a = constraints.start(HOSTILE["repeats of repeats"]()), tokenizer.token_to_id("a")
+    with pytest.raises(DataError, match="regex: lexer error: too many expressions"):
+        collections.deque(matcher.accept(a) for _ in range(1000))
