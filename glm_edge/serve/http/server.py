@@ -139,8 +139,8 @@ def _protocol(header_s: float) -> Any:
     A client that sends a byte of its headers now and then would otherwise hold a connection for
     ever.
     """
-    h11 = require("h11", extra="serve")
-    base: Any = require("uvicorn.protocols.http.h11_impl", extra="serve").H11Protocol
+    http = require("uvicorn.protocols.http.h11_impl", extra="serve")
+    base: Any = http.H11Protocol
 
     class TimedProtocol(base):
         header_timer: asyncio.TimerHandle | None = None
@@ -153,7 +153,7 @@ def _protocol(header_s: float) -> Any:
             # The first bytes of a further request on the same connection.
             self._start_timer()
             super().data_received(data)
-            if self.conn.their_state is not h11.IDLE:
+            if self.conn.their_state is not http.h11.IDLE:
                 self._stop_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -161,7 +161,7 @@ def _protocol(header_s: float) -> Any:
             super().connection_lost(exc)
 
         def _start_timer(self) -> None:
-            if self.header_timer is None and self.conn.their_state is h11.IDLE:
+            if self.header_timer is None and self.conn.their_state is http.h11.IDLE:
                 self.header_timer = self.loop.call_later(header_s, self.transport.close)
 
         def _stop_timer(self) -> None:
