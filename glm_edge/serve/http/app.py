@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from glm_edge.errors import require
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 HEALTH_S = 10.0
+# The page contains its own script, and talks to this service only.
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-cache",
+}
 
 Respond = Callable[[Service, Mapping[str, Any], Reply], Awaitable[None]]
 
@@ -50,6 +59,7 @@ def create_app(service: Service, health_s: float = HEALTH_S) -> "Starlette":
         ("/v1/models/{model:path}", _Lookup(service, _model), "GET"),
         ("/health", _Lookup(service, _health(health_s), protected=False), "GET"),
         ("/metrics", _Lookup(service, _metrics, protected=False), "GET"),
+        ("/", _Lookup(service, _page, protected=False), "GET"),
     ]
     return applications.Starlette(
         routes=[routing.Route(path, app, methods=[method]) for path, app, method in routes],
@@ -87,6 +97,11 @@ async def _model(service: Service, scope: Mapping[str, Any], reply: Reply) -> No
 
 async def _metrics(service: Service, scope: Mapping[str, Any], reply: Reply) -> None:
     await reply.content(service.metrics.text(), CONTENT_TYPE)
+
+
+async def _page(service: Service, scope: Mapping[str, Any], reply: Reply) -> None:
+    page = resources.files("glm_edge.serve").joinpath("page.html").read_bytes()
+    await reply.content(page, "text/html; charset=utf-8", headers=PAGE_HEADERS)
 
 
 def _health(health_s: float) -> Respond:
