@@ -8,6 +8,8 @@ Letters of shapes: `B` rows, `V` vocabulary, `W` words of 32 bits that cover it.
     matcher.accept(token)
 """
 
+from __future__ import annotations
+
 import collections
 import json
 import re
@@ -45,7 +47,7 @@ class _Machine(Protocol):
     def compute_ff_tokens(self) -> list[int]: ...
     def consume_token(self, token: int) -> bool: ...
     def rollback(self, count: int) -> bool: ...
-    def deep_copy(self) -> "_Machine": ...
+    def deep_copy(self) -> _Machine: ...
     def is_accepting(self) -> bool: ...
     def is_error(self) -> bool: ...
     def get_error(self) -> str: ...
@@ -85,7 +87,7 @@ class Constraints:
         self._lock = threading.Lock()
         self._compiled: collections.OrderedDict[Grammar, Any] = collections.OrderedDict()
 
-    def start(self, grammar: Grammar) -> "Matcher":
+    def start(self, grammar: Grammar) -> Matcher:
         """Start a text.
 
         Args:
@@ -110,7 +112,7 @@ class Constraints:
                 self._compiled.popitem(last=False)
             return compiled.copy()
 
-    def _compile(self, grammar: Grammar) -> "Matcher":
+    def _compile(self, grammar: Grammar) -> Matcher:
         library, text = self._library, self._text
         if grammar.kind == "phone_actions":
             special = grammar.thinking and len(self._tags) == len(THINKING_TAGS)
@@ -249,7 +251,7 @@ class Matcher:
         self._accepted -= count
         self._words = None
 
-    def copy(self) -> "Matcher":
+    def copy(self) -> Matcher:
         """Return a matcher of the same text, which changes independently."""
         twin = Matcher(self._machine.deep_copy(), self._kind, self._text, self._stops)
         twin._accepted, twin._ends, twin._words = self._accepted, self._ends, self._words

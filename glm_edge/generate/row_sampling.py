@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from glm_edge.generate.constraint import mask_logits
 from glm_edge.generate.sampling import (
     Sampling,
     keep_min_p,
@@ -150,7 +151,7 @@ def draw_rows(logits: Array, rules: RowRules, text: RowText, want_logprobs: Arra
         lambda scores: scores,
         scores,
     )
-    scores = jnp.where(unpack_bits(text.allowed, scores.shape[1]), scores, -jnp.inf)
+    scores = mask_logits(scores, text.allowed)
     greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     tokens = jax.lax.cond(
         (rules.temperature > 0).any(), lambda: _draw(scores, rules, text, greedy), lambda: greedy
@@ -163,20 +164,6 @@ def draw_rows(logits: Array, rules: RowRules, text: RowText, want_logprobs: Arra
     )
     drawn, top_tokens, top = logprobs
     return Drawn(tokens, drawn, top_tokens, top, jnp.isfinite(raw).all(axis=1))
-
-
-def unpack_bits(words: Array, size: int) -> Array:
-    """Expand bits, least significant first.
-
-    Args:
-      words: uint32 [R, ceil(V / 32)].
-      size: number of bits per row, `V`.
-
-    Returns:
-      bool [R, V].
-    """
-    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return bits.reshape(len(words), -1)[:, :size] > 0
 
 
 def _apply_bias(scores: Array, rules: RowRules) -> Array:
