@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
         thinking=FLAGS.thinking,
     )
     print(f"compiling programs for {backend.num_slots} slots", flush=True)
-    backend.warm_up()
+    engine.warm_up()
     engine.start()
     server = Server(
         service,

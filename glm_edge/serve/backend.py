@@ -79,6 +79,7 @@ class Backend(Protocol):
       capacity: positions per slot that may hold a text.
       chunk: most tokens of one call of `extend`.
       scored: most tokens of one call of `extend` that returns scores of all of them.
+      row_counts: numbers of rows that scores can have.
       exits: exits of `step_until_sure`, or None if it is not available.
     """
 
@@ -87,6 +88,7 @@ class Backend(Protocol):
     capacity: int
     chunk: int
     scored: int
+    row_counts: Sequence[int]
     exits: EarlyExit | None
 
     def encode(self, media: Media) -> np.ndarray:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from glm_edge.generate.row_sampling import Drawn, RowRules, RowText, draw_rows
@@ -24,12 +25,27 @@ class Draws:
 
     def __init__(self, backend: Backend):
         slots = backend.num_slots
-        words = -(-backend.config.decoder.vocab_size // 32)
+        self._vocabulary = backend.config.decoder.vocab_size
+        words = -(-self._vocabulary // 32)
         self._everything = np.full(words, 0xFFFFFFFF, np.uint32)
         self._texts = np.zeros((slots, backend.capacity), np.int32)
         self._rules = RowRules.of([Sampling()] * slots)
         self._allowed = np.tile(self._everything, (slots, 1))
         self._seeds = np.zeros(slots, np.uint32)
+
+    def warm_up(self, row_counts: Sequence[int]) -> None:
+        """Compile the draws for numbers of rows."""
+        for rows in row_counts:
+            scores = jnp.zeros((rows, self._vocabulary), jnp.float32)
+            ones = np.ones(rows, np.int32)
+            text = RowText(
+                tokens=np.zeros((rows, self._texts.shape[1]), np.int32),
+                prompt_lengths=ones,
+                lengths=ones,
+                seeds=np.zeros(rows, np.uint32),
+                allowed=np.tile(self._everything, (rows, 1)),
+            )
+            _draw(scores, RowRules.of([Sampling()] * rows), text, False)
 
     def occupy(self, slot: int, task: Task) -> None:
         """Set the row of a slot; the task's text is then a part of the array."""

@@ -109,6 +109,11 @@ class Engine:
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="glm-edge-engine", daemon=True)
 
+    def warm_up(self) -> None:
+        """Compile what requests can need, before `start`."""
+        self.backend.warm_up()
+        self._draws.warm_up(self.backend.row_counts)
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()

@@ -76,6 +76,7 @@ class JaxBackend:
         rows = -(-(capacity + self.chunk) // BLOCK) * BLOCK
         self._attended = sorted({min(512, rows), rows})
         self._widths = sorted({1, min(4, num_slots), num_slots})
+        self.row_counts = sorted({*self._widths, self.scored})
         dtype = DecodeOptions(cache_dtype=cache_dtype).cache_dtype
         self._layers = init_cache(model.config.decoder, num_slots, rows, dtype)["layers"]
 
@@ -172,7 +173,14 @@ class JaxBackend:
         return sum(leaf.nbytes // (leaf.shape[0] * leaf.shape[1]) * BLOCK for leaf in leaves)
 
     def warm_up(self) -> None:
-        """Compile every program but those of images; slots then hold nothing of value."""
+        """Compile every program, for images of the configured size; slots then hold no text."""
+        vision, speech, nowhere = self.config.vision, self.config.speech, np.zeros(1, int)
+        if vision is not None:
+            image = np.zeros((*vision.image_size, vision.channels), np.float32)
+            self.encode(Media("image", image, 1, b"", nowhere, nowhere))
+        if speech is not None:
+            mel = np.zeros((speech.num_frames, speech.mel_bins), np.float32)
+            self.encode(Media("audio", mel, 1, b"", nowhere, nowhere, speech.num_frames))
         axes = 3 if self.config.decoder.mrope_section else 1
         for attended in self._attended:
             for length in self._lengths:

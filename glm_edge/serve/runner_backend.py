@@ -28,7 +28,7 @@ class RunnerBackend:
         self.num_slots, self.capacity = 1, runner.cache_slots
         self.chunk = max(runner.prefill_lengths, default=1)
         self.scored = min(SCORED, self.chunk)
-        self.exits = None
+        self.row_counts, self.exits = sorted({1, self.scored}), None
         self._runner = runner
         self._cache = runner.empty_cache()
 

@@ -28,6 +28,7 @@ class FakeBackend:
         self.num_slots, self.capacity = num_slots, capacity
         self.chunk, self.scored = chunk, scored
         self.rows = np.full((num_slots, capacity + chunk + BLOCK), -1, np.int64)
+        self.row_counts = sorted({1, scored, num_slots})
         self.exits, self.calls = None, []
 
     def encode(self, media):

@@ -14,7 +14,7 @@ from glm_edge.generate import (
     generate,
 )
 from glm_edge.preprocess import Inputs
-from glm_edge.serve import Engine, JaxBackend, Request, jax_backend
+from glm_edge.serve import Engine, JaxBackend, Request, draws, jax_backend
 from tests.tiny_models import AUDIO, IMAGE, init_glm, tiny_config
 
 DRAWN = Sampling(temperature=1.2, top_k=20, top_p=0.95)
@@ -170,11 +170,10 @@ def test_dropped_vision_tokens_are_those_of_generate(model_of, make_engine, scor
 
 def test_warm_up_leaves_nothing_to_compile(model_of):
     model, params = model_of
-    backend = JaxBackend(model, params, 2, 100, lengths=(8, 16))
-    backend.warm_up()
-    programs = jax_backend._extend, jax_backend._step
+    engine = Engine(JaxBackend(model, params, 2, 100, lengths=(8, 16)))
+    engine.warm_up()
+    programs = jax_backend._extend, jax_backend._step, draws._draw
     before = [program._cache_size() for program in programs]
-    engine = Engine(backend)
     engine.start()
     prompts = prompts_of(model.config)
     handles = [
