@@ -54,6 +54,8 @@ flags.DEFINE_string("out", None, "JSON file for the results.")
 # Pixels of the phone per pixel of a generated screen.
 SCALE = 5
 MAX_STEPS = 8
+# Name of the model that the client asks for.
+NAME = "autoglm-phone-9b"
 CLIENT_TIMEOUT_S = 120
 # The parts of Open-AutoGLM's requests that do not depend on the task. Its system prompt is far
 # longer; the service's chat template removes all of it for this model.
@@ -143,7 +145,7 @@ class Replay:
 
     def _ask(self, messages: list[dict[str, Any]]) -> str:
         stream = self._client.chat.completions.create(
-            model="autoglm-phone-9b", messages=messages, stream=True, **OPTIONS
+            model=NAME, messages=messages, stream=True, **OPTIONS
         )
         deltas = (chunk.choices[0].delta.content for chunk in stream if chunk.choices)
         return "".join(delta for delta in deltas if delta)
@@ -213,7 +215,7 @@ def run_tasks(base_url: str) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str]) -> None:
     refuse_arguments(argv)
-    with served(FLAGS.model, FLAGS.base_url) as service:
+    with served(FLAGS.model, FLAGS.base_url, [f"--names={NAME}"]) as service:
         records = run_tasks(service.base_url)
     rows = []
     for steps in (None, *sorted({record["steps"] for record in records})):
