@@ -67,6 +67,7 @@ def test_all_notebooks_are_there():
         "prune_and_distill",
         "quantize",
         "quickstart",
+        "serve",
         "to_the_phone",
     ]
 

@@ -49,6 +49,11 @@ class Server:
         self._access_log, self._on_start = access_log, on_start
         self._server: Any = None
 
+    @property
+    def url(self) -> str:
+        """Address of the socket, without `/v1`."""
+        return f"http://{self._host}:{self.port}"
+
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `stop`.
 
