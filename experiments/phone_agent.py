@@ -43,13 +43,6 @@ from glm_edge.errors import DataError, require
 from glm_edge.writers import write_json
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("model", "nano", "Checkpoint directory, or the name of a shipped model.")
-flags.DEFINE_string("base_url", None, "Address of a running service, such as http://…/v1.")
-flags.DEFINE_string("client_dir", None, "Clone of Open-AutoGLM, whose client then runs.")
-flags.DEFINE_integer("tasks", 200, "Number of tasks.", 1)
-flags.DEFINE_integer("seed", 7, "Seed of tasks and screens.")
-flags.DEFINE_string("digits_dir", None, "Folder of MNIST files; default: scikit-learn's digits.")
-flags.DEFINE_string("out", None, "JSON file for the results.")
 
 # Pixels of the phone per pixel of a generated screen.
 SCALE = 5
@@ -65,6 +58,19 @@ DELAYS = (
     "TAP", "DOUBLE_TAP", "LONG_PRESS", "SWIPE", "BACK", "HOME", "LAUNCH", "KEYBOARD_SWITCH",
     "TEXT_CLEAR", "TEXT_INPUT", "KEYBOARD_RESTORE",
 )  # fmt: skip
+
+
+def define_flags() -> None:
+    """Define the flags of this script, which other scripts may import."""
+    flags.DEFINE_string("model", "nano", "Checkpoint directory, or the name of a shipped model.")
+    flags.DEFINE_string("base_url", None, "Address of a running service, such as http://…/v1.")
+    flags.DEFINE_string("client_dir", None, "Clone of Open-AutoGLM, whose client then runs.")
+    flags.DEFINE_integer("tasks", 200, "Number of tasks.", 1)
+    flags.DEFINE_integer("seed", 7, "Seed of tasks and screens.")
+    flags.DEFINE_string(
+        "digits_dir", None, "Folder of MNIST files; default: scikit-learn's digits."
+    )
+    flags.DEFINE_string("out", None, "JSON file for the results.")
 
 
 def png_of(image: np.ndarray) -> bytes:
@@ -247,4 +253,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     launch(main)
