@@ -76,7 +76,7 @@ class JaxBackend:
         rows = -(-(capacity + self.chunk) // BLOCK) * BLOCK
         self._attended = sorted({min(512, rows), rows})
         self._widths = sorted({1, min(4, num_slots), num_slots})
-        self.row_counts = sorted({*self._widths, self.scored})
+        self.row_counts: Sequence[int] = sorted({*self._widths, self.scored})
         dtype = DecodeOptions(cache_dtype=cache_dtype).cache_dtype
         self._layers = init_cache(model.config.decoder, num_slots, rows, dtype)["layers"]
 
