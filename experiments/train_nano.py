@@ -300,15 +300,17 @@ def train_joint(directory: Path, params: dict[str, Any], heads: dict[str, Any]) 
         (until, tuple(name for name in names if name in tasks)) for until, names in CURRICULUM
     )
     rng = generator.random_stream("calibration", FLAGS.seed + 1)
+    # Written questions, which are easier, would hide how well dialogues are answered.
+    measured_shapes = {**shapes, "dialogue": (6, 0, 0, 4)}
     measured = {
         name: [monitored.draw(rng, *shape) for _ in range(8)]
-        for name, shape in shapes.items()
+        for name, shape in measured_shapes.items()
         if not shape[2] or (name == "spoken" and any(monitored.by_digit))
     }
 
     @functools.partial(jax.jit, static_argnums=2)
     def taps(state, batch, name):
-        layout = train.layout(*shapes[name][1:])
+        layout = train.layout(*measured_shapes[name][1:])
         logits, _ = model.apply(
             {"params": state["params"]}, batch, layout, method=objectives.screen_logits
         )
