@@ -26,7 +26,7 @@ def tokens_of(words):
 
 
 def accepts(constraints, tokenizer, grammar, text):
-    """Whether the grammar allows the tokens of a text and, after them, the end."""
+    """Tests that the grammar allows the tokens of a text and, after them, the end."""
     matcher = constraints.start(grammar)
     for token in tokenizer.encode(text).ids:
         if token not in tokens_of(matcher.allowed()):
@@ -56,7 +56,7 @@ def split_by_tags(content):
 
 
 def parse_action(response):
-    """What its `parse_action` returns, without its fallbacks."""
+    """Parses an action as its `parse_action` does, without the fallbacks."""
     response = response.strip()
     if response.startswith(('do(action="Type"', 'do(action="Type_Name"')):
         return {"action": "Type", "text": response.split("text=", 1)[1][1:-2]}

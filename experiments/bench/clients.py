@@ -21,7 +21,7 @@ TIMEOUT_S = 120.0
 
 @dataclass
 class Answer:
-    """What one request received.
+    """The response to one request.
 
     Attributes:
       status: HTTP status; 0 if the connection ended before.

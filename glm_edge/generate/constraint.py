@@ -208,7 +208,7 @@ class Matcher:
             return []
         tokens = self._machine.compute_ff_tokens()
         self._check()
-        count = next((i for i, t in enumerate(tokens) if not _contains(self._text, t)), len(tokens))
+        count = next((i for i, t in enumerate(tokens) if not has_token(self._text, t)), len(tokens))
         return tokens[:count]
 
     def accept(self, token: int) -> None:
@@ -222,9 +222,9 @@ class Matcher:
             unchanged.
           DataError: the grammar exceeds a limit at this point.
         """
-        if not _contains(self.allowed(), token):
+        if not has_token(self.allowed(), token):
             raise ValueError(f"token {token} is not allowed here")
-        if _contains(self._stops, token):
+        if has_token(self._stops, token):
             self._ends += 1
         else:
             self._machine.consume_token(int(token))
@@ -309,7 +309,13 @@ def _bits(tokens: Any, vocab_size: int) -> np.ndarray:
     return np.packbits(flags, bitorder="little").view(np.uint32)
 
 
-def _contains(words: np.ndarray, token: int) -> bool:
+def has_token(words: np.ndarray, token: int) -> bool:
+    """Return True if the bit of a token is set.
+
+    Args:
+      words: uint32 [W], as `Matcher.allowed` returns them.
+      token: its id.
+    """
     return 0 <= token < 32 * words.size and bool(words[token >> 5] >> np.uint32(token & 31) & 1)
 
 

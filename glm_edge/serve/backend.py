@@ -71,7 +71,7 @@ class ReadyPrompt:
 
 
 class Backend(Protocol):
-    """What runs a model for the engine.
+    """A runtime of a model, as the engine calls it.
 
     Attributes:
       config: configuration of the model.

@@ -114,9 +114,3 @@ class Draws:
         rules = RowRules.of([task.request.sampling])
         rules = jax.tree.map(lambda values: np.repeat(values, rows, axis=0), rules)
         return jax.device_get(_draw(scores, rules, text, task.request.logprobs))
-
-
-def has_bit(words: np.ndarray, index: int) -> bool:
-    """Return a bit of uint32 words, the least significant first."""
-    word = int(np.asarray(words).view(np.uint32)[index // 32])
-    return bool(word >> (index % 32) & 1)

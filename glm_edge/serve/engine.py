@@ -17,9 +17,10 @@ import numpy as np
 from absl import logging
 
 from glm_edge.errors import DataError, GlmEdgeError
+from glm_edge.generate.constraint import has_token
 from glm_edge.generate.row_sampling import MAX_BIASES, Drawn
 from glm_edge.serve.backend import BLOCK, Backend, ready_prompt
-from glm_edge.serve.draws import Draws, has_bit
+from glm_edge.serve.draws import Draws
 from glm_edge.serve.features import FeatureCache
 from glm_edge.serve.prefix_cache import PrefixCache
 from glm_edge.serve.pruning import pruned_prompt
@@ -404,7 +405,7 @@ class Engine:
         matchers, matcher = [task.matcher], task.matcher
         if matcher is not None:
             for index, token in enumerate(drafted):
-                if not has_bit(matcher.allowed(), token):
+                if not has_token(matcher.allowed(), token):
                     drafted = drafted[:index]
                     break
                 matcher = matcher.copy()

@@ -104,7 +104,7 @@ def usage_of(answers: Sequence[Answer], n: int) -> dict[str, Any]:
 
 
 class _Shape:
-    """What chat and plain completions share."""
+    """The common part of chat and plain completions."""
 
     prefix, kind, chunk_kind = "", "", ""
 

@@ -1,4 +1,4 @@
-"""What all endpoints share: the engine, the processor, limits and settings."""
+"""The service behind all endpoints: engine, processor, limits and settings."""
 
 import hmac
 import threading
