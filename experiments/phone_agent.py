@@ -115,6 +115,15 @@ def do(phone: Phone, action: Action) -> None:
         phone.act(action.kind.lower())
 
 
+def split_answer(text: str) -> tuple[str, str]:
+    """Split an answer into thought and action, as the client does."""
+    for call in ("finish(message=", "do(action="):
+        thought, found, rest = text.partition(call)
+        if found:
+            return thought.strip(), call + rest.strip()
+    return "", text.strip()
+
+
 class Replay:
     """An agent that sends what Open-AutoGLM's client sends.
 
@@ -145,7 +154,8 @@ class Replay:
                 return True
             do(phone, action)
             messages.append({"role": "user", "content": parts[1:]})
-            content = f"<think></think><answer>{answer.strip()}</answer>"
+            thought, action_text = split_answer(answer)
+            content = f"<think>{thought}</think><answer>{action_text}</answer>"
             messages.append({"role": "assistant", "content": content})
         return False
 

@@ -89,10 +89,10 @@ QUESTIONS = {
     "spoken": (6, 0, 8, 0),
     "dialogue": (6, 2, 0, 3),
 }
-ALL_TASKS = ("written", "spoken", "text", "dialogue", "written", "spoken", "text", "dialogue")
+ALL_TASKS = ("written", "spoken", "dialogue", "text", "dialogue", "spoken", "dialogue", "text")
 CURRICULUM = (
     (0.1, ("written", "mixed", "written")),
-    (0.25, ("written", "mixed", "written", "text", "dialogue")),
+    (0.25, ("written", "mixed", "dialogue", "text", "dialogue")),
     # A step of a long window takes as much time as five others, so it is every sixteenth.
     (1.0, (*ALL_TASKS, *ALL_TASKS[:-2], "long", ALL_TASKS[-1])),
 )

@@ -13,6 +13,8 @@ from glm_edge.configs import GLMConfig
 from glm_edge.models.multimodal import MultimodalGLM
 
 ANSWER_TOKENS = 12
+# An answer of a dialogue begins with a thought.
+DIALOGUE_TOKENS = 32
 
 
 def answers(
@@ -31,8 +33,9 @@ def answers(
       Answers as text, up to the stop token.
     """
     texts = []
+    count = ANSWER_TOKENS if all(item.turn is None for item in items) else DIALOGUE_TOKENS
     for batch in progress(list(prompt_batches(items, model.config, tokenizer))):
-        generated = generate.greedy(model, params, batch, ANSWER_TOKENS)
+        generated = generate.greedy(model, params, batch, count)
         texts.extend(answer_text(tokenizer, row, model.config) for row in np.asarray(generated))
     return texts[: len(items)]
 

@@ -16,11 +16,16 @@ from experiments.nano.phone_screens import actions, dialogues, instructions
 from experiments.nano.phone_screens.generator import Screen, ScreenGenerator, dense_labels
 from experiments.nano.phone_screens.speech import Utterance, augment
 from glm_edge.configs import GLMConfig
+from glm_edge.preprocess.tokens import USER
 
 TEXT_BLOCK = 28
 SPEECH_BLOCK = 30
-DIALOGUE_BLOCK = 76
+DIALOGUE_BLOCK = 116
 ANSWER_LENGTH = 10
+# Most tokens of a request that are learned: the thoughts of all steps, and the present answer.
+DIALOGUE_LABELS = 48
+# A thought has many tokens, which would otherwise count more than the action.
+THOUGHT_WEIGHT = 0.3
 NO_TARGET = -1
 # Marks the first token of a word in the vocabulary of a byte-level BPE.
 WORD_START = "\u0120"
@@ -137,8 +142,9 @@ class ScreenBatches:
         Returns:
           images [B, height, width, 3], cell labels (`cell_class`, `cell_offset`, `cell_centre`),
           tokens [B, T], `samples` [B, speech_blocks, L], and for each of `Q` questions: slots
-          [B, Q, A] whose next token is a label, their `labels` and `weights`, the `assistant` slot,
-          and the `target` cell (-1 without a tap) with its `box` in pixels.
+          [B, Q, A] whose next token is a label, their `labels` and `weights`, the `acting` slot,
+          after which the action begins, the index `action` of the action's first label, and the
+          `target` cell (-1 without a tap) with its `box` in pixels.
         """
         layout = self.layout(text_blocks, speech_blocks, dialogue_blocks)
         counts = (0 if silent else speech_blocks, dialogue_blocks)
@@ -166,6 +172,7 @@ class ScreenBatches:
         num_dialogues: int,
     ) -> dict[str, np.ndarray]:
         count = len(layout.block_lengths)
+        labels = DIALOGUE_LABELS if num_dialogues else ANSWER_LENGTH
         keypad = num_spoken or (num_dialogues and rng.random() < 0.5)
         screen = self._screen(rng, "keypad" if keypad else "mixed")
         cell_class, cell_offset, cell_centre = dense_labels(screen)
@@ -177,10 +184,11 @@ class ScreenBatches:
             "tokens": np.full(layout.length, self.config.pad_token_id, np.int32),
             "samples": np.zeros((speech_blocks, self.num_samples), np.float32),
             "digits": np.zeros(speech_blocks, np.int32),
-            "slots": np.zeros((count, ANSWER_LENGTH), np.int32),
-            "labels": np.zeros((count, ANSWER_LENGTH), np.int32),
-            "weights": np.zeros((count, ANSWER_LENGTH), np.float32),
-            "assistant": np.zeros(count, np.int32),
+            "slots": np.zeros((count, labels), np.int32),
+            "labels": np.zeros((count, labels), np.int32),
+            "weights": np.zeros((count, labels), np.float32),
+            "acting": np.zeros(count, np.int32),
+            "action": np.zeros(count, np.int32),
             "target": np.full(count, NO_TARGET, np.int32),
             "box": np.zeros((count, 4), np.float32),
         }
@@ -202,19 +210,37 @@ class ScreenBatches:
             )
             self._write_row(row, index, layout, prompt, question)
         for index in range(count - num_dialogues, count):
-            prompt, question = self._dialogue(rng, screen)
-            self._write_row(row, index, layout, prompt, question)
+            turn, parts = self._dialogue(rng, screen)
+            self._write_block(row, index, layout, parts, turn.question)
         return row
 
     def _dialogue(
         self, rng: np.random.Generator, screen: Screen
-    ) -> tuple[list[int], instructions.Question]:
-        """Draw a request that fits a block."""
+    ) -> tuple[dialogues.Turn, list[tuple[list[int], float]]]:
+        """Draw a request that fits a block, as parts with their weights."""
         while True:
             turn = dialogues.draw_turn(rng, screen)
-            prompt = self.tokenizer.encode(dialogues.prompt_text(turn)).ids
-            if len(prompt) + 1 + ANSWER_LENGTH <= DIALOGUE_BLOCK:
-                return prompt, turn.question
+            parts = [(self._encode(turn.task), 0.0)]
+            for answer in turn.history:
+                thought = self._encode(dialogues.thought_line(answer.thought))
+                action = [*self._encode(actions.format_action(answer.action)), self.end]
+                parts += [([self.assistant], 0.0), (thought, THOUGHT_WEIGHT), (action, 0.0)]
+            if turn.question.instruction_text:
+                parts.append((self._encode(USER + turn.question.instruction_text), 0.0))
+            thought = self._encode(dialogues.thought_line(turn.thought))
+            parts += [([self.assistant], 0.0), (thought, THOUGHT_WEIGHT)]
+            parts.append((self._action(turn.question), 1.0))
+            labelled = sum(len(ids) for ids, weight in parts if weight)
+            length = sum(len(ids) for ids, _ in parts)
+            if length <= DIALOGUE_BLOCK and labelled <= DIALOGUE_LABELS:
+                return turn, parts
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def _action(self, question: instructions.Question) -> list[int]:
+        ids = self._encode(actions.format_action(question.answer_action))
+        return [*ids, self.end][:ANSWER_LENGTH]
 
     def _noisy(
         self, rng: np.random.Generator, prompt: list[int], question: instructions.Question
@@ -244,19 +270,34 @@ class ScreenBatches:
         prompt: Sequence[int],
         question: instructions.Question,
     ) -> None:
-        answer = self.tokenizer.encode(actions.format_action(question.answer_action)).ids
-        answer = [*answer, self.end][:ANSWER_LENGTH]
+        answer = self._action(question)
         room = layout.block_lengths[index] - 1
         # The end of an instruction names its target.
         prompt = list(prompt)[max(0, len(prompt) - room + len(answer)) :]
-        start = layout.starts[index]
-        block = [*prompt, self.assistant, *answer]
-        row["tokens"][start : start + len(block)] = block
-        slot = start + len(prompt)
-        row["assistant"][index] = slot
-        row["slots"][index, : len(answer)] = slot + np.arange(len(answer))
-        row["labels"][index, : len(answer)] = answer
-        row["weights"][index, : len(answer)] = 1.0
+        parts = [([*prompt, self.assistant], 0.0), (answer, 1.0)]
+        self._write_block(row, index, layout, parts, question)
+
+    def _write_block(
+        self,
+        row: dict[str, np.ndarray],
+        index: int,
+        layout: Layout,
+        parts: Sequence[tuple[Sequence[int], float]],
+        question: instructions.Question,
+    ) -> None:
+        """Write a block of parts, whose tokens are labels if their weight is positive."""
+        start = int(layout.starts[index])
+        ids = [token for tokens, _ in parts for token in tokens]
+        weights = np.array([weight for tokens, weight in parts for _ in tokens], np.float32)
+        row["tokens"][start : start + len(ids)] = ids
+        labelled = np.flatnonzero(weights)
+        count = len(labelled)
+        row["slots"][index, :count] = start + labelled - 1
+        row["labels"][index, :count] = np.array(ids)[labelled]
+        row["weights"][index, :count] = weights[labelled]
+        answer = len(parts[-1][0])
+        row["acting"][index] = start + len(ids) - answer - 1
+        row["action"][index] = count - answer
         if question.target is not None:
             row["target"][index] = self._cell(question.target.box)
             row["box"][index] = question.target.box

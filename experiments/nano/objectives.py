@@ -180,8 +180,8 @@ def screen_logits(
     positions = jnp.broadcast_to(layout.positions, batch["tokens"].shape)
     final, hidden, _ = module.decoder(x, positions, jnp.asarray(layout.mask))
     rows = jnp.arange(x.shape[0])[:, None]
-    encoded["matched"] = hidden[int(MATCH_LAYER) + 1][rows, batch["assistant"]]
-    encoded["read"] = hidden[int(READ_LAYER) + 1][rows, batch["assistant"] + READ_SLOTS[0]]
+    encoded["matched"] = hidden[int(MATCH_LAYER) + 1][rows, batch["acting"]]
+    encoded["read"] = hidden[int(READ_LAYER) + 1][rows, batch["acting"] + READ_SLOTS[0]]
     return module.predict(final[rows[..., None], batch["slots"]]), encoded
 
 
@@ -255,7 +255,8 @@ def position_loss(
     scores = (normed @ head.T).reshape(*hidden.shape[:-1], 2, COORDINATE_BINS)
     bins = target[..., first_x : first_x + 2 * COORDINATE_BINS]
     bins = bins.reshape(*bins.shape[:-1], 2, COORDINATE_BINS)
-    labels = jnp.stack([bins[..., READ_SLOTS[0], 0, :], bins[..., READ_SLOTS[1], 1, :]], axis=-2)
+    x, y = (of_action(bins, batch, slot) for slot in READ_SLOTS)
+    labels = jnp.stack([x[..., 0, :], y[..., 1, :]], axis=-2)
     losses = -jnp.sum(labels * jax.nn.log_softmax(scores), axis=-1).mean(axis=-1)
     return jnp.sum(losses * taps) / jnp.maximum(jnp.sum(taps), 1.0)
 
@@ -263,8 +264,8 @@ def position_loss(
 def attention_loss(sown: dict[str, Any], batch: dict[str, Array], config: Any) -> Array:
     """Train one head to attend from the question to its target, and one from the answer back.
 
-    In one layer, the first query head of the `<|assistant|>` slot attends to the target's cell. In
-    the next, the second query head of the slots that predict x and y attends to `<|assistant|>`.
+    In one layer, the first query head of the slot before the action attends to the target's cell.
+    In the next, the second query head of the slots that predict x and y attends to that slot.
     """
     layers = sown["decoder"]["layers"]
     match = layers[MATCH_LAYER]["attention"]["weights"][0][:, 0, 0]
@@ -273,17 +274,25 @@ def attention_loss(sown: dict[str, Any], batch: dict[str, Array], config: Any) -
     rows = jnp.arange(match.shape[0])[:, None]
     first_cell = jnp.argmax(batch["tokens"] == config.image_token_id, axis=1)[:, None]
     cell = first_cell + jnp.maximum(batch["target"], 0)
-    cell_loss = -jnp.log(match[rows, batch["assistant"], cell] + 1e-9)
+    cell_loss = -jnp.log(match[rows, batch["acting"], cell] + 1e-9)
     for step in READ_SLOTS:
-        slot = batch["assistant"] + step
-        cell_loss = cell_loss - jnp.log(read[rows, slot, batch["assistant"]] + 1e-9)
+        slot = batch["acting"] + step
+        cell_loss = cell_loss - jnp.log(read[rows, slot, batch["acting"]] + 1e-9)
     return jnp.sum(cell_loss * taps) / jnp.maximum(jnp.sum(taps), 1.0)
+
+
+def of_action(values: Array, batch: dict[str, Array], index: int) -> Array:
+    """Return the values [B, Q, ...] of [B, Q, A, ...] at one label of the action."""
+    at = (batch["action"] + index).reshape(*batch["action"].shape, *[1] * (values.ndim - 2))
+    return jnp.take_along_axis(values, at, axis=2)[:, :, 0]
 
 
 def taps_in_box(
     logits: Array, batch: dict[str, Array], first_x: int, image_size: tuple[int, int]
 ) -> tuple[Array, Array]:
-    """Find taps inside their box, with each coordinate predicted from the true preceding tokens.
+    """Find taps inside their box after a right thought.
+
+    Each token is predicted from the true tokens before it.
 
     Args:
       logits: logits [B, Q, A, V] at the labelled slots.
@@ -295,10 +304,17 @@ def taps_in_box(
       `(inside, asked)`: bool [B, Q] each, for taps inside their box and for questions with a tap.
     """
     height, width = image_size
-    action = logits[:, :, 0].argmax(-1) == batch["labels"][:, :, 0]
+    right = logits.argmax(-1) == batch["labels"]
+    # The labels of the present thought are at the slots just before the action.
+    index = jnp.arange(right.shape[-1])
+    before = index < batch["action"][..., None]
+    apart = batch["acting"] - batch["action"]
+    thought = before & (batch["slots"] - index == apart[..., None])
+    right_thought = jnp.all(right | ~thought, axis=-1)
+    action = of_action(right, batch, 0) & right_thought
     first_y = first_x + COORDINATE_BINS
-    x = logits[:, :, 1, first_x:first_y].argmax(-1)
-    y = logits[:, :, 2, first_y : first_y + COORDINATE_BINS].argmax(-1)
+    x = of_action(logits, batch, 1)[..., first_x:first_y].argmax(-1)
+    y = of_action(logits, batch, 2)[..., first_y : first_y + COORDINATE_BINS].argmax(-1)
     x = (10 * x + 5) / 1000 * width
     y = (10 * y + 5) / 1000 * height
     box = batch["box"]

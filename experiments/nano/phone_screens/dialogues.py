@@ -4,6 +4,10 @@ A phone agent asks for one action per screen. Its request contains the task, the
 and the present screen. A task either dials digits on one keypad, or joins instructions about
 different screens. After the last step the answer is `finish(message="done")`.
 
+An answer to one of several steps begins with a thought, the words of the task that describe the
+step, on a line of its own. To find the next step, a small model continues the task after the
+earlier thought; what to tap is then a question like any other.
+
 The prompt of `prompt_text` is what nano's chat template makes of such a request: the present image
 first, then the task, then the earlier answers.
 """
@@ -40,6 +44,8 @@ DIAL = {
         "dial {}", "enter {}", "press {}", "dial the number {}", "enter the code {}", "tap {}",
         "press the digits {}", "type in the code {}", "the code is {}", "please dial {}",
         "key in {}", "the number is {}, dial it", "use the code {}", "i want to dial {}",
+        "dial {} please", "press {} on the keypad", "input {}", "call {}", "the pin is {}",
+        "enter these digits: {}", "put in {} for me", "unlock it with {}", "tap the keys {}",
     ),
     "exam": (
         "please enter the number {}", "could you dial {}", "punch in {}", "my code is {}",
@@ -47,11 +53,50 @@ DIAL = {
     ),
 }  # fmt: skip
 JOINS = {
-    "train": (" and then ", ", then ", " then ", ". then ", ", after that ", " and ", ", ", "; "),
+    "train": (
+        " and then ",
+        ", then ",
+        " then ",
+        ". then ",
+        ", after that ",
+        " and ",
+        ", ",
+        "; ",
+        ". ",
+        "; then ",
+        ". after that ",
+        ", and then ",
+        ". when done ",
+        ", followed by ",
+        ", later ",
+    ),
     "exam": (", and next ", ", afterwards ", ". next ", ", and after that ", " and afterwards "),
 }
-DIGIT_JOINS = {"train": (" ", ", ", " then ", " and "), "exam": (" ", ", then ", " and then ")}
+DIGIT_JOINS = {
+    "train": (" ", ", ", " then ", " and ", ", and ", "; ", " followed by "),
+    "exam": (" ", ", then ", " and then "),
+}
+# Probability that a request is about a task of one step, after which the agent has to end it.
+SINGLE = 0.1
 FINISHED = Action("finish", message="done")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer of the agent.
+
+    Args:
+      action: action on the phone.
+      thought: words of the task that describe the step; empty if the task has one step, or ends.
+    """
+
+    action: Action
+    thought: str = ""
+
+    @property
+    def text(self) -> str:
+        """The answer as the model writes it."""
+        return thought_line(self.thought) + format_action(self.action)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +108,23 @@ class Turn:
       history: earlier answers.
       question: what to answer now; its `instruction_text` is empty, or a new instruction of the
         user, which replaces the task.
+      thought: thought of the answer.
     """
 
     task: str
-    history: tuple[Action, ...]
+    history: tuple[Answer, ...]
     question: instructions.Question
+    thought: str = ""
+
+    @property
+    def answer(self) -> Answer:
+        """The answer to this request."""
+        return Answer(self.question.answer_action, self.thought)
+
+
+def thought_line(thought: str) -> str:
+    """Write the line of a thought; empty without a thought."""
+    return f"{thought}\n" if thought else ""
 
 
 def prompt_text(turn: Turn) -> str:
@@ -77,7 +134,7 @@ def prompt_text(turn: Turn) -> str:
 
 def continuation(turn: Turn) -> str:
     """Write the part of a prompt between the task and the final `<|assistant|>`."""
-    text = "".join(f"{ASSISTANT}{format_action(action)}{STOP}" for action in turn.history)
+    text = "".join(f"{ASSISTANT}{answer.text}{STOP}" for answer in turn.history)
     if turn.question.instruction_text:
         text += f"{USER}{turn.question.instruction_text}"
     return text
@@ -121,63 +178,69 @@ def draw_task(
     if rng.random() < FORMS["dial"] / (FORMS["dial"] + FORMS["sequence"]):
         screen = generator.draw(rng, "keypad")
         task, number = _number(rng, [e for e in screen.elements if e.type == "key"], wording)
-        return task, [(screen, _answer(key)) for key in number]
+        return task, [(screen, _question(key)) for key, _ in number]
     screens = [generator.draw(rng) for _ in range(_length(rng))]
     elements = [_pick(rng, instructions.targets(screen)) for screen in screens]
-    task, answers = _joined(rng, elements, wording)
-    return task, list(zip(screens, answers, strict=True))
+    task, steps = _joined(rng, elements, wording)
+    return task, [(screen, step) for screen, (step, _) in zip(screens, steps, strict=True)]
 
 
 def _dial(rng: np.random.Generator, keys: list[Element], wording: str) -> Turn:
     task, number = _number(rng, keys, wording)
     step = int(rng.integers(len(number) + 1))
-    history = tuple(_tap_of(key) for key in number[:step])
-    return Turn(task, history, _answer(number[step] if step < len(number) else None))
+    return _at(step, task, [(_question(key), words) for key, words in number])
 
 
 def _number(
     rng: np.random.Generator, keys: list[Element], wording: str
-) -> tuple[str, list[Element]]:
-    """Draw a task to dial digits, and its keys."""
+) -> tuple[str, list[tuple[Element, str]]]:
+    """Draw a task to dial digits, and its keys with their names in the task."""
     number = [keys[int(i)] for i in rng.integers(len(keys), size=_length(rng))]
     words = rng.random() < 0.3
     digits = [DIGIT_WORDS[int(key.name)] if words else key.name for key in number]
     task = _pick(rng, DIAL[wording]).format(_pick(rng, DIGIT_JOINS[wording]).join(digits))
-    return task, number
+    return task, list(zip(number, digits, strict=True))
 
 
 def _sequence(rng: np.random.Generator, screen: Screen, wording: str) -> Turn:
-    count = _length(rng)
+    count = 1 if rng.random() < SINGLE else _length(rng)
     step = int(rng.integers(count + 1))
     # Other steps have other screens, of which the request has only the answers.
     present = _pick(rng, instructions.targets(screen))
     elements = [present if index == step else _elsewhere(rng) for index in range(count)]
-    task, answers = _joined(rng, elements, wording)
-    history = tuple(answer.answer_action for answer in answers[:step])
-    return Turn(task, history, answers[step] if step < count else _answer(None))
+    return _at(step, *_joined(rng, elements, wording))
+
+
+def _at(step: int, task: str, steps: Sequence[tuple[instructions.Question, str]]) -> Turn:
+    """Return the request after `step` steps, of which each has its words in the task."""
+    if len(steps) == 1:
+        steps = [(steps[0][0], "")]
+    history = tuple(Answer(question.answer_action, words) for question, words in steps[:step])
+    question, thought = steps[step] if step < len(steps) else (_question(None), "")
+    return Turn(task, history, question, thought)
 
 
 def _joined(
     rng: np.random.Generator, elements: Sequence[Element], wording: str
-) -> tuple[str, list[instructions.Question]]:
-    """Draw the kinds of steps, and join their instructions; some tap their element."""
+) -> tuple[str, list[tuple[instructions.Question, str]]]:
+    """Draw kinds of steps, and join their words to a task; some steps tap their element."""
     kinds = [str(kind) for kind in rng.choice(list(STEPS), len(elements), p=list(STEPS.values()))]
     if kinds[0] == "back":
         kinds[0] = "tap"
-    texts, answers = [], []
+    steps = []
     for kind, element in zip(kinds, elements, strict=True):
         if kind == "tap":
-            texts.append(instructions.describe(rng, element, wording, plain=True))
-            answers.append(_answer(element))
+            words = instructions.describe(rng, element, wording, plain=True)
+            steps.append((_question(element), words))
         else:
             question = instructions.untargeted(rng, kind, wording, plain=True)
-            texts.append(question.instruction_text)
-            answers.append(dataclasses.replace(question, instruction_text=""))
-    task = texts[0]
+            words = question.instruction_text
+            steps.append((dataclasses.replace(question, instruction_text=""), words))
+    task = steps[0][1]
     join = _pick(rng, JOINS[wording])
-    for text in texts[1:]:
-        task += (join if rng.random() < 0.7 else _pick(rng, JOINS[wording])) + text
-    return task, answers
+    for _, words in steps[1:]:
+        task += (join if rng.random() < 0.7 else _pick(rng, JOINS[wording])) + words
+    return task, steps
 
 
 def _new_instruction(rng: np.random.Generator, screen: Screen, wording: str) -> Turn:
@@ -185,7 +248,7 @@ def _new_instruction(rng: np.random.Generator, screen: Screen, wording: str) -> 
     earlier = _elsewhere(rng)
     question = instructions.questions(rng, screen, 1, wording=wording)[0]
     task = instructions.describe(rng, earlier, wording)
-    return Turn(task, (_tap_of(earlier),), question)
+    return Turn(task, (Answer(_tap_of(earlier)),), question)
 
 
 def _length(rng: np.random.Generator) -> int:
@@ -207,7 +270,7 @@ def _tap_of(element: Element) -> Action:
     return tap_at(*element.centre, WIDTH, HEIGHT)
 
 
-def _answer(target: Element | None) -> instructions.Question:
+def _question(target: Element | None) -> instructions.Question:
     """Return the question that `target` answers; None is the end of the task."""
     if target is None:
         return instructions.Question("", None, FINISHED, None)

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from experiments.nano import stages
+from experiments.nano import objectives, stages
 from experiments.nano.batches import (
     ANSWER_LENGTH,
     DIALOGUE_BLOCK,
+    THOUGHT_WEIGHT,
     ScreenBatches,
     by_speaker,
     speech_batch,
     text_batch,
 )
-from experiments.nano.phone_screens import actions, digits, generator, speech
+from experiments.nano.phone_screens import actions, dialogues, digits, generator, speech
 from glm_edge.errors import DataError
+from glm_edge.preprocess.tokens import ASSISTANT
 
 STATE = {"params": {"part": {"w": jnp.ones((3, 2))}}, "heads": {"h": jnp.zeros(2)}}
 
@@ -115,13 +117,12 @@ def answers(batches, drawn):
         for slots, labels, weights in zip(
             drawn["slots"][row], drawn["labels"][row], drawn["weights"][row], strict=True
         ):
-            count = int(weights.sum())
-            tokens = drawn["tokens"][row, slots[:count] + 1]
-            np.testing.assert_array_equal(tokens, labels[:count])
-            assert labels[count - 1] == batches.end or count == ANSWER_LENGTH
-            yield batches.tokenizer.decode(
-                [int(i) for i in labels[: count - 1]], skip_special_tokens=False
-            )
+            learned = weights > 0
+            tokens = drawn["tokens"][row, slots[learned] + 1]
+            np.testing.assert_array_equal(tokens, labels[learned])
+            answer = labels[weights == 1]
+            assert answer[-1] == batches.end or len(answer) == ANSWER_LENGTH
+            yield batches.tokenizer.decode(answer[:-1].tolist(), skip_special_tokens=False)
 
 
 def test_blocks_hold_questions_and_dialogues(batches):
@@ -132,8 +133,46 @@ def test_blocks_hold_questions_and_dialogues(batches):
     assert drawn["tokens"].shape == (2, layout.length)
     for text in answers(batches, drawn):
         assert actions.parse_action(text)
-    slots = drawn["assistant"]
-    assert (np.take_along_axis(drawn["tokens"], slots, 1) == batches.assistant).all()
+    before = np.take_along_axis(drawn["tokens"], drawn["acting"], 1)
+    line_break = batches.tokenizer.encode("\n").ids[0]
+    assert (before[:, :2] == batches.assistant).all()
+    assert set(before[:, 2:].ravel()) == {batches.assistant, line_break}
+    at = np.take_along_axis(drawn["slots"], drawn["action"][..., None], 2)[..., 0]
+    np.testing.assert_array_equal(at, drawn["acting"])
+
+
+def test_thoughts_of_all_steps_are_learned(batches):
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        screen = batches._screen(rng, "keypad")
+        turn, parts = batches._dialogue(rng, screen)
+        learned = [
+            batches.tokenizer.decode(ids) for ids, weight in parts if 0 < weight < 1 and len(ids)
+        ]
+        thoughts = [a.thought for a in (*turn.history, turn.answer) if a.thought]
+        assert learned == [f"{thought}\n" for thought in thoughts]
+        text = dialogues.prompt_text(turn) + ASSISTANT + turn.answer.text
+        written = [token for ids, _ in parts for token in ids]
+        assert written == [*batches.tokenizer.encode(text).ids, batches.end]
+
+
+def test_a_tap_after_a_wrong_thought_misses(batches):
+    rng, first_x = np.random.default_rng(3), batches.tokenizer.token_to_id("[5,")
+    drawn = batches.draw(rng, 8, 0, 0, 3)
+    vocabulary = ge.preset("nano").decoder.vocab_size
+    right = np.eye(vocabulary, dtype=np.float32)[drawn["labels"]]
+    size = ge.preset("nano").vision.image_size
+    inside, asked = objectives.taps_in_box(right, drawn, first_x, size)
+    np.testing.assert_array_equal(inside, asked)
+    thought = drawn["weights"] == np.float32(THOUGHT_WEIGHT)
+    present = thought & (
+        drawn["slots"] - np.arange(thought.shape[-1])
+        == (drawn["acting"] - drawn["action"])[..., None]
+    )
+    for wrong, kept in ((thought & ~present, inside), (present, inside & ~present.any(-1))):
+        logits = np.where(wrong[..., None], np.roll(right, 1, axis=-1), right)
+        now, _ = objectives.taps_in_box(logits, drawn, first_x, size)
+        np.testing.assert_array_equal(now, kept)
 
 
 def test_batches_depend_on_the_generator_only(batches):

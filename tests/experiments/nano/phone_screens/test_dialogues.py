@@ -54,17 +54,47 @@ def test_dialled_digits_are_tapped_in_order():
         screen = drawer.draw(rng, "keypad")
         keys = [e for e in screen.elements if e.type == "key"]
         turn = dialogues._dial(rng, keys, "train")
-        words = turn.task.replace(",", " ").replace(":", " ").split()
+        words = turn.task.translate(dict.fromkeys(map(ord, ",:;"), " ")).split()
         number = [w if w.isdigit() else str(DIGIT_WORDS.index(w)) for w in words
                   if w.isdigit() or w in DIGIT_WORDS]  # fmt: skip
         boxes = {key.name: key for key in keys}
         step = len(turn.history)
-        taps = [boxes[digit].centre for digit in number]
-        assert turn.history == tuple(actions.tap_at(*c, 96, 192) for c in taps[:step])
+        taps = [actions.tap_at(*boxes[digit].centre, 96, 192) for digit in number]
+        assert [answer.action for answer in turn.history] == taps[:step]
         if step == len(number):
             assert turn.question.answer_action == dialogues.FINISHED
         else:
             assert turn.question.target.name == number[step]
+
+
+def test_thoughts_are_the_words_of_the_steps_in_order(turns):
+    thoughtful = [t for _, t in turns if any(answer.thought for answer in (*t.history, t.answer))]
+    assert len(thoughtful) > 150
+    for turn in thoughtful:
+        rest = turn.task
+        for thought in (*[a.thought for a in turn.history], turn.thought):
+            assert (thought == "") == (
+                thought is turn.thought and turn.answer.action.kind == "finish"
+            )
+            _, found, rest = rest.partition(thought) if thought else ("", "end", rest)
+            assert found
+    assert {t.history[-1].thought for _, t in turns if t.question.instruction_text} == {""}
+
+
+def test_a_task_of_one_step_needs_no_thought(turns):
+    ended = [
+        t for _, t in turns if len(t.history) == 1 and t.question.answer_action.kind == "finish"
+    ]
+    assert ended
+    assert all(t.history[0].thought == "" for t in ended)
+
+
+def test_an_answer_is_its_thought_and_action_on_two_lines(turns):
+    for _, turn in turns:
+        *thought, action = turn.answer.text.split("\n")
+        assert thought == ([turn.thought] if turn.thought else [])
+        assert actions.parse_action(turn.answer.text) == turn.question.answer_action
+        assert actions.parse_action(action) == turn.question.answer_action
 
 
 def test_tasks_of_the_exam_use_its_templates():
@@ -77,8 +107,9 @@ def request(turn, image):
     described = '\n\n{"current_app": "Phone"}'
     text = [turn.task + described] + ["** Screen Info **" + described] * len(turn.history)
     messages = [{"role": "system", "content": "The current date: 2026.\nYou are an agent."}]
-    for content, action in zip(text, turn.history, strict=False):
-        answer = f"<think>so</think><answer>{actions.format_action(action)}</answer>"
+    for content, answer in zip(text, turn.history, strict=False):
+        action = actions.format_action(answer.action)
+        answer = f"<think>{answer.thought}</think><answer>{action}</answer>"
         messages.append({"role": "user", "content": [{"type": "text", "text": content}]})
         messages.append({"role": "assistant", "content": answer})
     parts = [{"type": "image"}, {"type": "text", "text": text[-1]}]
@@ -106,7 +137,7 @@ def test_a_new_instruction_is_the_last_turn_of_the_user(turns, nano):
     screen, turn = next((s, t) for s, t in turns if t.question.instruction_text)
     messages = [
         {"role": "user", "content": turn.task},
-        {"role": "assistant", "content": actions.format_action(turn.history[0])},
+        {"role": "assistant", "content": actions.format_action(turn.history[0].action)},
         {
             "role": "user",
             "content": [
