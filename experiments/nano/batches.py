@@ -26,7 +26,7 @@ ANSWER_LENGTH = 10
 DIALOGUE_LABELS = 48
 # A thought has many tokens, which would otherwise count more than the action.
 THOUGHT_WEIGHT = 0.3
-NO_TARGET = -1
+NO_TARGET = NO_SOURCE = -1
 # Marks the first token of a word in the vocabulary of a byte-level BPE.
 WORD_START = "\u0120"
 
@@ -142,9 +142,10 @@ class ScreenBatches:
         Returns:
           images [B, height, width, 3], cell labels (`cell_class`, `cell_offset`, `cell_centre`),
           tokens [B, T], `samples` [B, speech_blocks, L], and for each of `Q` questions: slots
-          [B, Q, A] whose next token is a label, their `labels` and `weights`, the `acting` slot,
-          after which the action begins, the index `action` of the action's first label, and the
-          `target` cell (-1 without a tap) with its `box` in pixels.
+          [B, Q, A] whose next token is a label, their `labels` and `weights`, the `source` slot of
+          the task that a label of a thought repeats (-1 for others), the `acting` slot, after which
+          the action begins, the index `action` of the action's first label, and the `target` cell
+          (-1 without a tap) with its `box` in pixels.
         """
         layout = self.layout(text_blocks, speech_blocks, dialogue_blocks)
         counts = (0 if silent else speech_blocks, dialogue_blocks)
@@ -187,6 +188,7 @@ class ScreenBatches:
             "slots": np.zeros((count, labels), np.int32),
             "labels": np.zeros((count, labels), np.int32),
             "weights": np.zeros((count, labels), np.float32),
+            "source": np.full((count, labels), NO_SOURCE, np.int32),
             "acting": np.zeros(count, np.int32),
             "action": np.zeros(count, np.int32),
             "target": np.full(count, NO_TARGET, np.int32),
@@ -222,12 +224,12 @@ class ScreenBatches:
             turn = dialogues.draw_turn(rng, screen)
             parts = [(self._encode(turn.task), 0.0)]
             for answer in turn.history:
-                thought = self._encode(dialogues.thought_line(answer.thought))
+                thought = self._encode(dialogues.thought_line(turn.task, answer.thought))
                 action = [*self._encode(actions.format_action(answer.action)), self.end]
                 parts += [([self.assistant], 0.0), (thought, THOUGHT_WEIGHT), (action, 0.0)]
             if turn.question.instruction_text:
                 parts.append((self._encode(USER + turn.question.instruction_text), 0.0))
-            thought = self._encode(dialogues.thought_line(turn.thought))
+            thought = self._encode(dialogues.thought_line(turn.task, turn.thought))
             parts += [([self.assistant], 0.0), (thought, THOUGHT_WEIGHT)]
             parts.append((self._action(turn.question), 1.0))
             labelled = sum(len(ids) for ids, weight in parts if weight)
@@ -295,6 +297,8 @@ class ScreenBatches:
         row["slots"][index, :count] = start + labelled - 1
         row["labels"][index, :count] = np.array(ids)[labelled]
         row["weights"][index, :count] = weights[labelled]
+        sources = np.array(_sources(parts))[labelled]
+        row["source"][index, :count] = np.where(sources < 0, NO_SOURCE, start + sources)
         answer = len(parts[-1][0])
         row["acting"][index] = start + len(ids) - answer - 1
         row["action"][index] = count - answer
@@ -315,6 +319,28 @@ def fit(samples: np.ndarray, length: int) -> np.ndarray:
     """Crop or zero-pads samples to a length."""
     cropped = samples[:length]
     return np.pad(cropped, (0, length - len(cropped)))
+
+
+def _sources(parts: Sequence[tuple[Sequence[int], float]]) -> list[int]:
+    """Return for each token of a block the index in its first part, the task, that it repeats.
+
+    Thoughts repeat parts of the task one after the other; the line break at their end, and all
+    other tokens, have no source.
+    """
+    task, at = list(parts[0][0]), 0
+    sources = []
+    for ids, weight in parts:
+        found = NO_SOURCE
+        if 0 < weight < 1 and len(ids):
+            words = list(ids[:-1])
+            starts = range(at, len(task) - len(words) + 1)
+            found = next((i for i in starts if task[i : i + len(words)] == words), NO_SOURCE)
+        if found == NO_SOURCE:
+            sources += [NO_SOURCE] * len(ids)
+            continue
+        at = found + len(ids) - 1
+        sources += [*range(found, at), NO_SOURCE]
+    return sources
 
 
 def speech_batch(

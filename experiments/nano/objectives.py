@@ -19,7 +19,7 @@ ATTENTION_WEIGHT = 0.3
 DENSE_WEIGHT = 0.3
 SPEECH_WEIGHT = 0.1
 POSITION_WEIGHT = 0.5
-MATCH_LAYER, READ_LAYER = "1", "2"
+MATCH_LAYER, READ_LAYER, COPY_LAYER = "1", "2", "2"
 READ_SLOTS = (1, 2)
 
 
@@ -223,11 +223,13 @@ def screen_loss(
     parts = {
         "answer": answer,
         "attention": attention_loss(sown["attention"], batch, module.config),
+        "copy": copy_loss(sown["attention"], batch),
         "dense": dense_loss(heads, encoded["cells"], batch),
         "matched": position_loss(heads["matched"], encoded["matched"], target, batch, first_x),
         "read": position_loss(heads["read"], encoded["read"], target, batch, first_x),
     }
-    loss = answer + ATTENTION_WEIGHT * parts["attention"] + DENSE_WEIGHT * parts["dense"]
+    attention = parts["attention"] + parts["copy"]
+    loss = answer + ATTENTION_WEIGHT * attention + DENSE_WEIGHT * parts["dense"]
     loss = loss + POSITION_WEIGHT * (parts["matched"] + parts["read"])
     if "speech" in encoded:
         parts["digit"] = digit_loss(heads, encoded["speech"], batch["digits"])
@@ -279,6 +281,18 @@ def attention_loss(sown: dict[str, Any], batch: dict[str, Array], config: Any) -
         slot = batch["acting"] + step
         cell_loss = cell_loss - jnp.log(read[rows, slot, batch["acting"]] + 1e-9)
     return jnp.sum(cell_loss * taps) / jnp.maximum(jnp.sum(taps), 1.0)
+
+
+def copy_loss(sown: dict[str, Any], batch: dict[str, Array]) -> Array:
+    """Train one head to attend from the slots of a thought to the words that come next in the task.
+
+    It is the first query head of the second key-value head, in one layer.
+    """
+    weights = sown["decoder"]["layers"][COPY_LAYER]["attention"]["weights"][0][:, 1, 0]
+    known = (batch["source"] >= 0).astype(jnp.float32)
+    rows = jnp.arange(weights.shape[0])[:, None, None]
+    attended = weights[rows, batch["slots"], jnp.maximum(batch["source"], 0)]
+    return -jnp.sum(jnp.log(attended + 1e-9) * known) / jnp.maximum(jnp.sum(known), 1.0)
 
 
 def of_action(values: Array, batch: dict[str, Array], index: int) -> Array:

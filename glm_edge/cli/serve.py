@@ -30,12 +30,12 @@ from glm_edge.preprocess.processor import Processor
 from glm_edge.serve import Engine, JaxBackend
 from glm_edge.serve.backend import Backend
 from glm_edge.serve.http import Limits, Server, Service
+from glm_edge.serve.http.hosts import LOOPBACK
 from glm_edge.serve.runner_backend import RunnerBackend
 
 FLAGS = flags.FLAGS
 KEY_VARIABLE = "GLM_EDGE_API_KEY"
 PACKAGES = ("starlette", "uvicorn", "prometheus_client", "python_multipart")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
 flags.disclaim_key_flags()
@@ -49,6 +49,8 @@ def define_flags() -> None:
     flags.DEFINE_list("names", [], "Names of the model for clients; default: that of the folder.")
     flags.DEFINE_string("host", "127.0.0.1", "Address; the default is this machine only.")
     flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one.", 0, 65535)
+    flags.DEFINE_list("allowed_hosts", [], "Further names of this service in the Host header.")
+    flags.DEFINE_integer("connections", 500, "Most open connections.", 1)
     flags.DEFINE_string("api_key", None, f"Key that clients must send; default: ${KEY_VARIABLE}.")
     flags.DEFINE_integer("slots", 8, "Requests that run at once.", 1)
     flags.DEFINE_integer("context", None, "Tokens of prompt and answer; default: the model's.", 1)
@@ -112,6 +114,8 @@ def main(argv: Sequence[str]) -> None:
         FLAGS.host,
         FLAGS.port,
         drain_s=FLAGS.drain_s,
+        connections=FLAGS.connections,
+        allowed_hosts=FLAGS.allowed_hosts,
         access_log=FLAGS.access_log,
         on_start=lambda port: print(
             f"serving {service.names[0]} at http://{FLAGS.host}:{port}/v1", flush=True

@@ -81,6 +81,7 @@ class Backend(Protocol):
       scored: most tokens of one call of `extend` that returns scores of all of them.
       row_counts: numbers of rows that scores can have.
       exits: exits of `step_until_sure`, or None if it is not available.
+      encodes_apart: True if `encode` may run on another thread while the other methods run.
     """
 
     config: GLMConfig
@@ -90,6 +91,7 @@ class Backend(Protocol):
     scored: int
     row_counts: Sequence[int]
     exits: EarlyExit | None
+    encodes_apart: bool
 
     def encode(self, media: Media) -> np.ndarray:
         """Encode an image or a chunk of speech to features [M, D]."""

@@ -6,7 +6,6 @@ chunk per token. The tokens of a request are those of `glm_edge.generate.generat
 alone with the same seed, whatever runs beside it.
 """
 
-import heapq
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -26,10 +25,7 @@ from glm_edge.serve.prefix_cache import PrefixCache
 from glm_edge.serve.pruning import pruned_prompt
 from glm_edge.serve.requests import Event, Handle, Request
 from glm_edge.serve.slots import Task
-
-
-class QueueFullError(GlmEdgeError):
-    """Raised when too many requests wait."""
+from glm_edge.serve.waiting import WaitingTasks
 
 
 class ClosedError(GlmEdgeError):
@@ -96,15 +92,16 @@ class Engine:
         self.backend = backend
         self.counters = Counters()
         self.prefix_cache = PrefixCache(cache_bytes, backend.block_bytes())
-        self._features = FeatureCache(backend, feature_bytes)
-        self._queue_size = queue_size
+        self._features = FeatureCache(backend, feature_bytes, self._notify)
         self._tasks: list[Task | None] = [None] * backend.num_slots
         self._draws = Draws(backend)
         self._turn = 0
         self._order = 0
         # Shared with other threads, under the lock.
         self._changed = threading.Condition()
-        self._waiting: list[tuple[tuple[int, int], Task]] = []
+        self._waiting = WaitingTasks(
+            queue_size, backend.num_slots, self._features, self.prefix_cache, self._changed
+        )
         self._pings: list[Future[None]] = []
         self._closing = self._abort = False
         self._failure: str | None = None
@@ -155,11 +152,8 @@ class Engine:
         handle = Handle(request, deliver)
         with self._changed:
             self._refuse_if_closed()
-            if len(self._waiting) >= self._queue_size:
-                raise QueueFullError(f"{len(self._waiting)} requests wait; try again later")
             self._order += 1
-            task = Task(handle, prompt, self._order, capacity)
-            heapq.heappush(self._waiting, (task.urgency, task))
+            self._waiting.push(Task(handle, prompt, self._order, capacity))
             self._changed.notify()
         return handle
 
@@ -200,6 +194,10 @@ class Engine:
             self._changed.notify()
         self._thread.join()
 
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
     def _refuse_if_closed(self) -> None:
         if self._failure is not None:
             raise ClosedError(f"the engine has failed: {self._failure}")
@@ -228,7 +226,7 @@ class Engine:
                 busy = self._waiting or self.running
                 if self._abort or (self._closing and not busy):
                     return False
-                if busy:
+                if self.running or (self._waiting and not self._waiting.stalled):
                     return True
                 self._changed.wait()
 
@@ -242,12 +240,12 @@ class Engine:
     def _end_all(self) -> None:
         with self._changed:
             self._closing = True
-            waiting, self._waiting = [task for _, task in self._waiting], []
             for ping in self._pings:
                 if ping.set_running_or_notify_cancel():
                     ping.set_exception(ClosedError("the engine has stopped"))
+        self._features.close()
         reason = "cancelled" if self._failure is None else "error"
-        for task in (*self._tasks, *waiting):
+        for task in (*self._tasks, *self._waiting.take(lambda task: True)):
             if task is not None:
                 task.finish(reason, self._failure)
         self._tasks = [None] * len(self._tasks)
@@ -256,25 +254,16 @@ class Engine:
         for slot, task in enumerate(self._tasks):
             if task is not None and task.handle.cancelled:
                 self._finish(slot, "cancelled")
-        with self._changed:
-            gone = [task for _, task in self._waiting if task.handle.cancelled]
-            if gone:
-                self._waiting = [item for item in self._waiting if item[1] not in gone]
-                heapq.heapify(self._waiting)
-        for task in gone:
+        for task in self._waiting.take(lambda task: task.handle.cancelled):
             task.finish("cancelled")
 
     def _admit(self) -> None:
         """Give free slots to waiting requests, and slots of less urgent ones to more urgent."""
-        while True:
-            with self._changed:
-                if not self._waiting:
-                    return
-                task = self._waiting[0][1]
-                slot = self._free_slot(task)
-                if slot is None:
-                    return
-                heapq.heappop(self._waiting)
+        for task in self._waiting.startable():
+            slot = self._free_slot(task)
+            if slot is None:
+                return
+            self._waiting.remove(task)
             try:
                 self._occupy(slot, task)
             except GlmEdgeError as error:
@@ -301,7 +290,7 @@ class Engine:
         other.usage.preemptions += 1
         self.counters.preemptions += 1
         self._tasks[slot] = None
-        heapq.heappush(self._waiting, (other.urgency, other))
+        self._waiting.put_back(other)
         return slot
 
     def _occupy(self, slot: int, task: Task) -> None:
@@ -310,12 +299,12 @@ class Engine:
             saved, task.saved = task.saved, None
         else:
             if task.request.vision_tokens is not None:
-                encoded = [self._features.of(media) for media in task.prompt.media]
+                assert task.features is not None
+                encoded = [task.features[media.key] for media in task.prompt.media]
                 task.begin_with(pruned_prompt(task.prompt, encoded, task.request.vision_tokens))
                 dropped = sum(media.count - len(media.places) for media in task.prompt.media)
                 task.usage.dropped_image_tokens = dropped
-            # At least one token must run, for the scores of the next.
-            keys = task.keys[: (task.prompt_length - 1) // BLOCK]
+            keys = task.reusable_keys
             saved = self.prefix_cache.acquire(keys)
             task.rows = task.usage.cached_tokens = len(saved) * BLOCK
             self.counters.cached_tokens += task.rows
@@ -386,13 +375,14 @@ class Engine:
             start,
             task.text[start:end],
             task.positions(start, end),
-            *self._features.of_tokens(task.prompt, start, end),
+            *self._features.of_tokens(task.prompt, task.features or {}, start, end),
             False,
         )
         self.counters.chunks += 1
         self.counters.prompt_tokens += max(0, min(end, task.prompt_length) - start)
         task.rows = end
         if start < task.prompt_length <= end:
+            task.features = {}
             # At once, so that requests with the same prompt need not wait for the answer.
             self._store(slot, task.keys)
         if end == task.length:

@@ -2,7 +2,7 @@
 
 `encode` compiles per image size, `extend` per chunk length, `step` per number of rows; `extend` and
 `step` also per number of attended rows. All other sizes are arguments, so no request compiles
-anything after `warm_up`, except an image of a new size.
+anything after `warm_up`, except an image of a new size, and that on the thread that encodes.
 
 Letters of shapes: `B` slots, `N` rows of a call, `T` tokens, `S` cache rows, `A` attended rows, `D`
 hidden size, `V` vocabulary.
@@ -35,6 +35,8 @@ class JaxBackend:
 
     See `glm_edge.serve.backend.Backend` for the methods.
     """
+
+    encodes_apart = True
 
     def __init__(
         self,

@@ -29,6 +29,8 @@ class RunnerBackend:
         self.chunk = max(runner.prefill_lengths, default=1)
         self.scored = min(SCORED, self.chunk)
         self.row_counts, self.exits = sorted({1, self.scored}), None
+        # A file's signatures share one interpreter.
+        self.encodes_apart = False
         self._runner = runner
         self._cache = runner.empty_cache()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_edge.serve.backend import ReadyPrompt
+from glm_edge.serve.backend import BLOCK, ReadyPrompt
 from glm_edge.serve.prefix_cache import block_keys
 from glm_edge.serve.requests import (
     Event,
@@ -39,6 +39,8 @@ class Task:
       limit: length at which the answer ends.
       usage: counts for the client.
       saved: rows that an interruption copied out, else None.
+      features: features of images and recordings by key; None until they are encoded, and none
+        after the prompt has rows.
       stop_tokens: tokens that end the answer.
     """
 
@@ -55,6 +57,7 @@ class Task:
         self.text = np.zeros(capacity, np.int32)
         self.usage = Usage()
         self.saved: list[Any] | None = None
+        self.features: dict[bytes, np.ndarray] | None = None
         self.stop_tokens = frozenset(self.request.stop_tokens)
         self.matcher = None if self.request.matcher is None else self.request.matcher.copy()
         self.begin_with(prompt)
@@ -79,6 +82,14 @@ class Task:
     def request(self) -> Request:
         """The submitted request."""
         return self.handle.request
+
+    @property
+    def reusable_keys(self) -> list[bytes]:
+        """Keys of the blocks that may come from the prefix cache.
+
+        At least one token must run, for the scores of the next.
+        """
+        return self.keys[: (self.prompt_length - 1) // BLOCK]
 
     @property
     def urgency(self) -> tuple[int, int]:

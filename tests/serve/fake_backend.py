@@ -3,6 +3,7 @@
 So a row of another request, a stale row or a row at the wrong place changes the answer.
 """
 
+import threading
 import zlib
 
 import numpy as np
@@ -22,7 +23,7 @@ def scores_after(rows):
 class FakeBackend:
     """A backend whose rows are the tokens themselves, or a sum of the features in their place."""
 
-    def __init__(self, num_slots=3, capacity=160, chunk=16, scored=8):
+    def __init__(self, num_slots=3, capacity=160, chunk=16, scored=8, encodes_apart=True):
         """Make slots full of values that no text has."""
         self.config = tiny_config({"max_position_embeddings": capacity}, {}, {})
         self.num_slots, self.capacity = num_slots, capacity
@@ -30,8 +31,12 @@ class FakeBackend:
         self.rows = np.full((num_slots, capacity + chunk + BLOCK), -1, np.int64)
         self.row_counts = sorted({1, scored, num_slots})
         self.exits, self.calls = None, []
+        # Cleared, it stops the encoder.
+        self.encodes_apart, self.gate = encodes_apart, threading.Event()
+        self.gate.set()
 
     def encode(self, media):
+        assert self.gate.wait(60)
         self.calls.append(("encode", media.key))
         width = self.config.decoder.hidden_size
         value = 1000 + zlib.crc32(media.key) % 1000

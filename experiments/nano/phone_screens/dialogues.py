@@ -6,7 +6,8 @@ different screens. After the last step the answer is `finish(message="done")`.
 
 An answer to one of several steps begins with a thought, the words of the task that describe the
 step, on a line of its own. To find the next step, a small model continues the task after the
-earlier thought; what to tap is then a question like any other.
+earlier thought; what to tap is then a question like any other. A thought has the space that is
+before its words in the task, so that its tokens are those of the task.
 
 The prompt of `prompt_text` is what nano's chat template makes of such a request: the present image
 first, then the task, then the earlier answers.
@@ -93,10 +94,9 @@ class Answer:
     action: Action
     thought: str = ""
 
-    @property
-    def text(self) -> str:
-        """The answer as the model writes it."""
-        return thought_line(self.thought) + format_action(self.action)
+    def text(self, task: str) -> str:
+        """Write the answer as the model does."""
+        return thought_line(task, self.thought) + format_action(self.action)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +122,11 @@ class Turn:
         return Answer(self.question.answer_action, self.thought)
 
 
-def thought_line(thought: str) -> str:
+def thought_line(task: str, thought: str) -> str:
     """Write the line of a thought; empty without a thought."""
-    return f"{thought}\n" if thought else ""
+    if not thought:
+        return ""
+    return f"{thought}\n" if task.startswith(thought) else f" {thought}\n"
 
 
 def prompt_text(turn: Turn) -> str:
@@ -134,7 +136,7 @@ def prompt_text(turn: Turn) -> str:
 
 def continuation(turn: Turn) -> str:
     """Write the part of a prompt between the task and the final `<|assistant|>`."""
-    text = "".join(f"{ASSISTANT}{answer.text}{STOP}" for answer in turn.history)
+    text = "".join(f"{ASSISTANT}{answer.text(turn.task)}{STOP}" for answer in turn.history)
     if turn.question.instruction_text:
         text += f"{USER}{turn.question.instruction_text}"
     return text

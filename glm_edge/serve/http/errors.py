@@ -6,7 +6,8 @@ from typing import Any
 from absl import logging
 
 from glm_edge.errors import GlmEdgeError
-from glm_edge.serve.engine import ClosedError, ContextLengthError, QueueFullError
+from glm_edge.serve.engine import ClosedError, ContextLengthError
+from glm_edge.serve.waiting import QueueFullError
 
 RETRY_AFTER = {"retry-after": "1"}
 

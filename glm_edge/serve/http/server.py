@@ -2,11 +2,12 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from glm_edge.errors import OutputError, require
 from glm_edge.serve.http.app import create_app
+from glm_edge.serve.http.hosts import LOOPBACK, known_hosts
 from glm_edge.serve.http.service import Service
 
 HEADER_BYTES = 32 << 10
@@ -29,6 +30,8 @@ class Server:
         port: int = 8000,
         drain_s: float = 30.0,
         header_s: float = 10.0,
+        connections: int = 500,
+        allowed_hosts: Sequence[str] = (),
         access_log: bool = False,
         on_start: Callable[[int], Any] | None = None,
     ) -> None:
@@ -40,12 +43,18 @@ class Server:
           port: 0 takes a free one.
           drain_s: seconds that running and waiting requests have to finish after a signal.
           header_s: seconds in which the headers of a request must arrive.
+          connections: most open connections; others are closed at once.
+          allowed_hosts: names in the Host header besides `host` and those of the loopback
+            interface. Without any, an address that others reach takes every name.
           access_log: logs each request.
           on_start: called with the port once the socket accepts connections.
         """
         self.service, self.port = service, port
         self.started = threading.Event()
         self._host, self._drain_s, self._header_s = host, drain_s, header_s
+        self._connections = connections
+        self._hosts = [*allowed_hosts, host, *LOOPBACK]
+        self._any_host = host not in LOOPBACK and not allowed_hosts
         self._access_log, self._on_start = access_log, on_start
         self._server: Any = None
 
@@ -66,11 +75,12 @@ class Server:
           OutputError: the address cannot be used.
         """
         uvicorn = require("uvicorn", extra="serve")
+        app: Any = create_app(self.service)
         config = uvicorn.Config(
-            create_app(self.service),
+            app if self._any_host else known_hosts(app, self._hosts),
             host=self._host,
             port=self.port,
-            http=_protocol(self._header_s),
+            http=_protocol(self._header_s, self._connections),
             h11_max_incomplete_event_size=HEADER_BYTES,
             ws="none",
             lifespan="off",
@@ -138,8 +148,8 @@ def _server(config: Any, owner: Server) -> Any:
     return DrainingServer(config)
 
 
-def _protocol(header_s: float) -> Any:
-    """Make uvicorn's protocol with a limit on the time that headers take.
+def _protocol(header_s: float, connections: int) -> Any:
+    """Make uvicorn's protocol with limits on connections and on the time that headers take.
 
     A client that sends a byte of its headers now and then would otherwise hold a connection for
     ever.
@@ -152,6 +162,9 @@ def _protocol(header_s: float) -> Any:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            if len(self.connections) > connections:
+                transport.close()
+                return
             self._start_timer()
 
         def data_received(self, data: bytes) -> None:

@@ -14,6 +14,7 @@ from experiments.nano.batches import (
     DIALOGUE_BLOCK,
     THOUGHT_WEIGHT,
     ScreenBatches,
+    _sources,
     by_speaker,
     speech_batch,
     text_batch,
@@ -150,8 +151,12 @@ def test_thoughts_of_all_steps_are_learned(batches):
             batches.tokenizer.decode(ids) for ids, weight in parts if 0 < weight < 1 and len(ids)
         ]
         thoughts = [a.thought for a in (*turn.history, turn.answer) if a.thought]
-        assert learned == [f"{thought}\n" for thought in thoughts]
-        text = dialogues.prompt_text(turn) + ASSISTANT + turn.answer.text
+        assert [line.removeprefix(" ") for line in learned] == [f"{t}\n" for t in thoughts]
+        task = parts[0][0]
+        sources = [i for i in _sources(parts) if i >= 0]
+        assert [task[i] for i in sources] == [i for ids, w in parts if 0 < w < 1 for i in ids[:-1]]
+        assert sources == sorted(set(sources))
+        text = dialogues.prompt_text(turn) + ASSISTANT + turn.answer.text(turn.task)
         written = [token for ids, _ in parts for token in ids]
         assert written == [*batches.tokenizer.encode(text).ids, batches.end]
 

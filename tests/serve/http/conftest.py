@@ -5,6 +5,7 @@ import pytest
 import glm_edge as ge
 from glm_edge.preprocess.processor import Processor
 from glm_edge.serve import Engine, JaxBackend
+from glm_edge.serve.runner_backend import RunnerBackend
 from tests.serve.http.fakes import NANO, ScriptedBackend
 
 pytest.importorskip("starlette")
@@ -41,8 +42,23 @@ def client(scripted_engine, processor):
 
 
 @pytest.fixture(scope="session")
-def nano_engine():
-    engine = Engine(JaxBackend(*ge.load(NANO), num_slots=4, capacity=512, lengths=(16, 64)))
+def nano_file(tmp_path_factory):
+    """The shipped model as a phone's file."""
+    pytest.importorskip("tensorflow")
+    pytest.importorskip("ai_edge_litert")
+    path = tmp_path_factory.mktemp("nano") / "nano.tflite"
+    sizes = {"prefill_lengths": (16, 64), "cache_slots": 512, "prefill_logits": True}
+    return ge.export.tflite(*ge.load(NANO), path, **sizes).path
+
+
+@pytest.fixture(scope="session", params=["jax", pytest.param("file", marks=pytest.mark.slow)])
+def nano_engine(request):
+    """The shipped model in JAX, and as a file in LiteRT."""
+    if request.param == "jax":
+        backend = JaxBackend(*ge.load(NANO), num_slots=4, capacity=512, lengths=(16, 64))
+    else:
+        backend = RunnerBackend.from_file(request.getfixturevalue("nano_file"))
+    engine = Engine(backend)
     engine.start()
     yield engine
     engine.close()

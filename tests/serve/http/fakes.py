@@ -25,6 +25,7 @@ class ScriptedBackend:
         self.num_slots, self.capacity, self.chunk, self.scored = num_slots, capacity, 256, 8
         self.tokenizer = tokenizer
         self.row_counts, self.exits = (1, 8, num_slots), None
+        self.encodes_apart = True
         self.assistant = tokenizer.token_to_id("<|assistant|>")
         self.script = []
         self.texts = np.zeros((num_slots, capacity + 300), np.int32)

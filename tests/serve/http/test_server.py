@@ -206,13 +206,13 @@ def exchange(running, *parts):
 def test_slow_headers_and_bodies_are_cut_off(running):
     assert exchange(running, b"POST /v1/completions HTTP/1.1\r\nHost:") == b""
     assert exchange(running) == b""
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     received = exchange(running, head + b"Content-Length: 100\r\n\r\n", b"{", b'"')
     assert b" 408 " in received.splitlines()[0]
 
 
 def test_long_headers_are_refused(running):
-    head = b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 70_000
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 70_000
     assert b" 400 " in exchange(running, head).splitlines()[0]
 
 
@@ -267,3 +267,35 @@ def test_the_official_client_raises_when_a_stream_ends_early(processor):
     with pytest.raises(library.APIError, match="shutting down"):
         list(stream)
     running.thread.join(30)
+
+
+def test_other_names_of_the_host_are_refused(running):
+    def get(host):
+        return httpx.get(f"{running.url}/models", headers={"host": host})
+
+    refused = get("evil.example:80")
+    assert refused.status_code == 421
+    assert "evil.example" in refused.json()["error"]["message"]
+    assert [get(host).status_code for host in ("localhost", "127.0.0.1:1", "[::1]:8000")] == [
+        200
+    ] * 3
+
+
+def test_an_allowed_name_and_a_limit_of_connections(processor):
+    service = Running(processor, allowed_hosts=["phone.example"], connections=2)
+    try:
+        headers = {"host": "Phone.Example"}
+        assert httpx.get(f"{service.url}/models", headers=headers).status_code == 200
+        address = ("127.0.0.1", service.server.port)
+        until(lambda: not service.server._server.server_state.connections)
+        opened = [socket.create_connection(address) for _ in range(2)]
+        until(lambda: len(service.server._server.server_state.connections) == 2)
+        with socket.create_connection(address) as third:
+            third.settimeout(10)
+            assert third.recv(1) == b""
+        for connection in opened:
+            connection.close()
+        until(lambda: not service.server._server.server_state.connections)
+        assert httpx.get(f"{service.url}/models", headers=headers).status_code == 200
+    finally:
+        service.stop()

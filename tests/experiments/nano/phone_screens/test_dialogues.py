@@ -91,9 +91,11 @@ def test_a_task_of_one_step_needs_no_thought(turns):
 
 def test_an_answer_is_its_thought_and_action_on_two_lines(turns):
     for _, turn in turns:
-        *thought, action = turn.answer.text.split("\n")
-        assert thought == ([turn.thought] if turn.thought else [])
-        assert actions.parse_action(turn.answer.text) == turn.question.answer_action
+        *thought, action = turn.answer.text(turn.task).split("\n")
+        assert [line.removeprefix(" ") for line in thought] == (
+            [turn.thought] if turn.thought else []
+        )
+        assert actions.parse_action(turn.answer.text(turn.task)) == turn.question.answer_action
         assert actions.parse_action(action) == turn.question.answer_action
 
 
