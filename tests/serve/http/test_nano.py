@@ -3,16 +3,21 @@
 import base64
 import io
 import json
+import wave
 
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from glm_edge.generate.sampling import Sampling
 from glm_edge.preprocess.tokens import decode
 from glm_edge.serve import Request
+from glm_edge.serve.http import Service, create_app
 
 QUESTION = "say hello"
+# Short answers.
+SPOKEN = "go back"
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +106,32 @@ def test_transcription_needs_a_model_that_transcribes(nano_client):
     )
     assert response.status_code == 400
     assert "does not transcribe" in response.json()["error"]["message"]
+
+
+def test_a_transcription_is_the_answer_to_the_recording(nano_engine, processor):
+    service = Service(nano_engine, processor, ["ear"], transcribes=True)
+    client = TestClient(create_app(service))
+    rng, answers = np.random.default_rng(0), []
+    for pitch in (200, 700):
+        times = np.arange(6000) / 8000
+        samples = (0.3 * np.sin(2 * np.pi * pitch * times) + 0.01 * rng.normal(size=6000)) * 32767
+        samples = samples.astype("<i2")
+        file = io.BytesIO()
+        with wave.open(file, "wb") as writer:
+            writer.setparams((1, 2, 8000, 0, "NONE", ""))
+            writer.writeframes(samples.tobytes())
+        body = {"model": "ear", "temperature": "0", "prompt": SPOKEN}
+        response = client.post(
+            "/v1/audio/transcriptions", data=body, files={"file": ("a.wav", file.getvalue())}
+        ).json()
+        sound = {"type": "audio", "audio": (samples.astype(np.float32) / 32768, 8000)}
+        inputs = processor([{"role": "user", "content": [sound, {"type": "text", "text": SPOKEN}]}])
+        stops = processor.stop_token_ids
+        tokens, end = nano_engine.submit(
+            Request(inputs=inputs, max_new_tokens=512, stop_tokens=stops)
+        ).result()
+        assert end.usage.audio_tokens > 0
+        expected = decode(processor.tokenizer, tokens, skip_special_tokens=True).strip()
+        assert response == {"text": expected, "usage": {"type": "duration", "seconds": 0.75}}
+        answers.append(expected)
+    assert answers[0]
