@@ -11,7 +11,7 @@ import numpy as np
 from glm_edge.configs import MAX_IMAGE_PIXELS, MAX_IMAGE_SIDE, VisionConfig
 from glm_edge.errors import DataError
 from glm_edge.files import opened
-from glm_edge.preprocess.resizing import resize_planes
+from glm_edge.preprocess.resizing import resample_rows
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
@@ -24,8 +24,6 @@ FORMATS = (
     *("PNG", "JPEG", "MPO", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "DIB", "TIFF", "ICO", "PPM"),
     *("TGA", "PCX", "JPEG2000", "QOI"),
 )
-# Values converted to float per block.
-BLOCK = 1 << 22
 
 
 def load_image(source: ImageSource) -> np.ndarray:
@@ -130,7 +128,7 @@ def prepare_images(images: np.ndarray | Sequence[np.ndarray], config: VisionConf
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resample with Pillow's antialiased bicubic filter.
+    """Resample with Pillow's antialiased bicubic filter, without rounding between the passes.
 
     Args:
       image: [height, width, channels], floats in 0..1 or uint8.
@@ -144,18 +142,11 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if image.shape[:2] == tuple(size):
         return _as_floats(image)
-    columns = max(1, BLOCK // (image.shape[0] * image.shape[2]))
-    # Blocks of columns avoid a float copy of a large photo.
-    parts = [
-        _resize_rows(image[:, start : start + columns], size[0])
-        for start in range(0, image.shape[1], columns)
-    ]
-    resized = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-    return np.clip(resize_planes(resized, size, "bicubic"), 0.0, 1.0)
-
-
-def _resize_rows(image: np.ndarray, rows: int) -> np.ndarray:
-    return resize_planes(_as_floats(image), (rows, image.shape[1]), "bicubic")
+    resized = resample_rows(image, size[0])
+    resized = np.swapaxes(resample_rows(np.swapaxes(resized, 0, 1), size[1]), 0, 1)
+    # By 255 only now, so that a large photo needs no float copy.
+    largest = np.float32(255 if image.dtype == np.uint8 else 1)
+    return np.clip(resized / largest, 0.0, 1.0)
 
 
 def _as_floats(image: np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ from glm_edge.errors import DataError
 
 MAX_ASPECT_RATIO = 200
 FILTERS = ("bilinear", "bicubic")
+# Target rows per product: few, so that the matrix of one product has few zeros.
+ROW_BLOCK = 16
 
 
 def smart_resize(
@@ -110,20 +112,11 @@ def resize_uint8(image: np.ndarray, size: tuple[int, int], resample: str = "bicu
     rows, columns = size
     rows_first = height - rows > max(0, 2 * (width - columns))
     between = (rows, width) if rows_first else (height, columns)
-    return resize_planes(resize_planes(image, between, resample), size, resample)
+    return _resize_planes(_resize_planes(image, between, resample), size, resample)
 
 
-def resize_planes(image: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
-    """Resample each channel separately with Pillow; an unchanged side needs no pass.
-
-    Args:
-      image: uint8 or float32 [height, width, channels].
-      size: target (height, width) in pixels.
-      resample: `bicubic` or `bilinear`.
-
-    Returns:
-      [*size, channels] in the type of the image.
-    """
+def _resize_planes(image: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
+    """Resample each channel separately with Pillow; an unchanged side needs no pass."""
     from PIL import Image
 
     if image.shape[:2] == tuple(size):
@@ -135,3 +128,51 @@ def resize_planes(image: np.ndarray, size: tuple[int, int], resample: str) -> np
         plane = Image.fromarray(np.ascontiguousarray(image[..., channel]))
         resized[..., channel] = np.asarray(plane.resize((size[1], size[0]), method))
     return resized
+
+
+def resample_rows(image: np.ndarray, rows: int) -> np.ndarray:
+    """Resample the height with Pillow's bicubic filter, antialiased, in floats.
+
+    Pillow's own pass on floats needs a float copy of the image and runs channel by channel. Here,
+    blocks of rows are products of matrices.
+
+    Args:
+      image: [height, width, channels].
+      rows: target height in pixels.
+
+    Returns:
+      float32 [rows, width, channels].
+    """
+    height = len(image)
+    if height == rows:
+        return image.astype(np.float32)
+    flat = image.reshape(height, -1)
+    starts, weights = _bicubic(height, rows)
+    resampled = np.empty((rows, flat.shape[1]), np.float32)
+    for first in range(0, rows, ROW_BLOCK):
+        block = slice(first, min(first + ROW_BLOCK, rows))
+        low, high = starts[block][0], min(height, starts[block][-1] + weights.shape[1])
+        matrix = np.zeros((block.stop - first, high - low), np.float32)
+        for row, (start, taps) in enumerate(zip(starts[block], weights[block], strict=True)):
+            at = start - low
+            matrix[row, at : at + len(taps)] = taps[: high - start]
+        resampled[block] = matrix @ flat[low:high].astype(np.float32)
+    return resampled.reshape(rows, *image.shape[1:])
+
+
+def _bicubic(height: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first source row of each target row [rows], and weights [rows, taps]."""
+    scale = height / rows
+    # A smaller image averages over more source rows (antialiasing).
+    stretch = max(scale, 1.0)
+    centers = (np.arange(rows) + 0.5) * scale
+    starts = np.maximum((centers - 2 * stretch + 0.5).astype(int), 0)
+    ends = np.minimum((centers + 2 * stretch + 0.5).astype(int), height)
+    taps = starts[:, None] + np.arange((ends - starts).max())
+    distance = np.abs((taps - centers[:, None] + 0.5) / stretch)
+    # Keys' kernel with a = -0.5.
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
+    weights[taps >= ends[:, None]] = 0.0
+    return starts, weights / weights.sum(axis=1, keepdims=True)
