@@ -19,12 +19,16 @@ def attention_weights(query: Array, key: Array, mask: Array | None = None) -> Ar
     Returns:
       float32 [B, K, N / K, T, S] weights that sum to one over `S`.
     """
-    batch, length, heads, width = query.shape
-    # N / K query heads share a key head. Scaling by 1 / sqrt(H) is cheaper on the query.
-    grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], width)
+    batch, length, heads, _ = query.shape
+    groups, slots = key.shape[2], key.shape[1]
+    # Heads before tokens, so that the products are matrices without further transposes.
     scores = jnp.einsum(
-        "btkgh,bskh->bkgts", grouped * width**-0.5, key, preferred_element_type=jnp.float32
+        "bkrh,bksh->bkrs",
+        _rows_by_head(query, groups),
+        jnp.swapaxes(key, 1, 2),
+        preferred_element_type=jnp.float32,
     )
+    scores = scores.reshape(batch, groups, heads // groups, length, slots)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, MASKED_SCORE)
     return jax.nn.softmax(scores, axis=-1)
@@ -40,8 +44,10 @@ def attend(weights: Array, value: Array) -> Array:
     Returns:
       [B, T, N, H].
     """
-    mixed = jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
-    return mixed.reshape(*mixed.shape[:2], -1, mixed.shape[-1])
+    batch, groups, _, length, slots = weights.shape
+    rows = weights.astype(value.dtype).reshape(batch, groups, -1, slots)
+    mixed = jnp.einsum("bkrs,bksh->bkrh", rows, jnp.swapaxes(value, 1, 2))
+    return jnp.swapaxes(mixed.reshape(batch, -1, length, value.shape[-1]), 1, 2)
 
 
 def attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
@@ -100,15 +106,23 @@ def attention_by_head(query: Array, key: Array, value: Array, mask: Array) -> Ar
     """
     batch, length, heads, width = query.shape
     groups, slots = key.shape[1], key.shape[2]
-    # The queries that share a key head become rows of one product, so that keys are not repeated.
-    grouped = (query * width**-0.5).reshape(batch, length, groups, -1, width)
-    rows = jnp.transpose(grouped, (0, 2, 3, 1, 4)).reshape(batch, groups, -1, width)
-    scores = jnp.einsum("bkrh,bksh->bkrs", rows, key)
+    scores = jnp.einsum("bkrh,bksh->bkrs", _rows_by_head(query, groups), key)
     scores = scores.reshape(batch, -1, length, slots) + mask
     weights = jax.nn.softmax(scores, axis=-1).reshape(batch, groups, -1, slots)
     mixed = jnp.einsum("bkrs,bkhs->bkrh", weights, value)
     mixed = mixed.reshape(batch, heads, length, width)
     return jnp.swapaxes(mixed, 1, 2)
+
+
+def _rows_by_head(query: Array, groups: int) -> Array:
+    """Scale queries [B, T, N, H], and order them as [B, K, N / K * T, H].
+
+    The queries that share a key head become rows of one product, so that keys are not repeated.
+    Scaling by 1 / sqrt(H) is cheaper on the query than on the scores.
+    """
+    batch, length, _, width = query.shape
+    grouped = (query * width**-0.5).reshape(batch, length, groups, -1, width)
+    return jnp.transpose(grouped, (0, 2, 3, 1, 4)).reshape(batch, groups, -1, width)
 
 
 def causal_mask(query_slots: Array, num_slots: int) -> Array:
