@@ -25,12 +25,15 @@ class TensorMapping:
       names: names of the tensors.
       read: converts the tensors to our arrays, in the orders of `names` and `paths`.
       write: the inverse of `read`.
+      by_rows: False if `read` and `write` do more than split, join and reorder rows. Codes and
+        scales of a quantized matrix can be converted by rows only.
     """
 
     paths: tuple[str, ...]
     names: tuple[str, ...]
     read: Callable[..., Arrays] = _unchanged
     write: Callable[..., Arrays] = _unchanged
+    by_rows: bool = True
 
     @property
     def unchanged(self) -> bool:
@@ -100,5 +103,5 @@ def convolution(path: str, name: str, shape: tuple[int, ...]) -> list[TensorMapp
     def write(matrix: np.ndarray) -> Arrays:
         return (np.moveaxis(matrix.reshape(matrix.shape[0], *shape, -1), -1, 1),)
 
-    kernel = TensorMapping((f"{path}/weight",), (f"{name}.weight",), read, write)
+    kernel = TensorMapping((f"{path}/weight",), (f"{name}.weight",), read, write, by_rows=False)
     return [kernel, *same(path, name, "bias")]
