@@ -266,8 +266,8 @@ def _stored_box(path: str, box: Quantized, activations: str) -> tuple[Quantized,
     stored = Format(qtype, form.columns_per_scale or None, form.symmetric, form.scale_dtype, "int8")
     if stored == form:
         return box.replace(**NO_STATIC_RANGES), conversions
-    scale = jnp.asarray(np.broadcast_to(scale, (rows, scale.shape[1])))
-    return boxes.quantized(box.codes(), scale, zero, stored, dtype=box.dtype), conversions
+    scales = jnp.asarray(np.broadcast_to(scale, (rows, scale.shape[1])))
+    return boxes.quantized(box.codes(), scales, zero, stored, dtype=box.dtype), conversions
 
 
 def _check_home(path: str, box: Quantized) -> None:
@@ -319,9 +319,9 @@ def _tensors(
     if not form.symmetric:
         zeros = entry.write(*(np.asarray(leaf.zero) for leaf in leaves))
     tensors: dict[str, np.ndarray] = {}
-    for module, *parts in zip(modules, codes, scales, zeros, strict=True):
-        arrays_of = tensors_of(Codes(*parts), scheme.bits, packed)
-        tensors |= {f"{module}.{suffix}": array for suffix, array in arrays_of.items()}
+    for module, parts in zip(modules, map(Codes, codes, scales, zeros), strict=True):
+        stored = tensors_of(parts, scheme.bits, packed)
+        tensors |= {f"{module}.{suffix}": array for suffix, array in stored.items()}
     return tensors
 
 

@@ -12,15 +12,15 @@ from typing import ClassVar
 import numpy as np
 
 from glm_edge.checkpoint.hugging_face.fields import Fields
-from glm_edge.checkpoint.hugging_face.quantized.gptq import group_size, signed
 from glm_edge.checkpoint.hugging_face.quantized.matrix import (
     SCALE_TYPES,
     Codes,
     PackedMatrix,
     StoredModule,
     format_of,
+    read_group_size,
 )
-from glm_edge.checkpoint.hugging_face.quantized.words import unpack_words
+from glm_edge.checkpoint.hugging_face.quantized.words import signed, unpack_words
 
 BITS = 4
 MIDDLE = 1 << (BITS - 1)
@@ -107,7 +107,7 @@ def read_config(fields: Fields) -> AWQ:
     fields.expect("sym", False)
     for name in UNUSED:
         fields.take(name)
-    older = group_size(fields, "q_group_size")
-    options = AWQ(older if older is not None else group_size(fields, "group_size"))
+    older = read_group_size(fields, "q_group_size")
+    options = AWQ(older if older is not None else read_group_size(fields, "group_size"))
     fields.finish()
     return options

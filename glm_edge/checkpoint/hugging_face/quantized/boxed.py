@@ -1,6 +1,7 @@
 """Quantized matrices as boxes, through the member's table of tensors."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,15 +75,12 @@ def abstract_box(shape: tuple[int, ...], format: Format, dtype: str) -> Quantize
     rows, columns = shape
     width = packing.packed_columns(columns, format.qtype)
     scale_shape = format.scale_shape(shape)
-    zero = None if format.symmetric else jax.ShapeDtypeStruct(scale_shape, format.zero_dtype)
-    return Quantized(
-        jax.ShapeDtypeStruct((rows, width), packing.stored_dtype(format.qtype)),
-        jax.ShapeDtypeStruct(scale_shape, format.scale_dtype),
-        zero,
-        format=format,
-        columns=columns,
-        dtype=dtype,
-    )
+    data: Any = jax.ShapeDtypeStruct((rows, width), packing.stored_dtype(format.qtype))
+    scale: Any = jax.ShapeDtypeStruct(scale_shape, format.scale_dtype)
+    zero: Any = None
+    if not format.symmetric:
+        zero = jax.ShapeDtypeStruct(scale_shape, format.zero_dtype)
+    return Quantized(data, scale, zero, format=format, columns=columns, dtype=dtype)
 
 
 def read_boxes(

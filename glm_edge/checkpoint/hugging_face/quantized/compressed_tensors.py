@@ -15,18 +15,20 @@ from typing import Any, ClassVar
 import numpy as np
 
 from glm_edge.checkpoint.hugging_face.fields import Fields
-from glm_edge.checkpoint.hugging_face.quantized.gptq import group_size, signed
 from glm_edge.checkpoint.hugging_face.quantized.matrix import (
     SCALE_TYPES,
     Codes,
     PackedMatrix,
     StoredModule,
     format_of,
+    read_group_size,
 )
 from glm_edge.checkpoint.hugging_face.quantized.words import (
     num_words,
     pack_words,
+    signed,
     unpack_words,
+    unsigned,
 )
 from glm_edge.errors import CheckpointError, ConfigError
 
@@ -212,17 +214,12 @@ def tensors_of(codes: Codes, bits: int, packed: bool) -> dict[str, np.ndarray]:
         tensors["weight"] = codes.codes
         return tensors | ({} if codes.zero is None else {"weight_zero_point": codes.zero})
     middle = 1 << (bits - 1)
-    tensors["weight_packed"] = pack_words(_unsigned(codes.codes, middle), bits)
+    tensors["weight_packed"] = pack_words(unsigned(codes.codes, middle), bits)
     tensors["weight_shape"] = np.asarray(codes.codes.shape, np.int64)
     if codes.zero is not None:
-        packed_zero = pack_words(_unsigned(codes.zero.T, middle), bits).T
+        packed_zero = pack_words(unsigned(codes.zero.T, middle), bits).T
         tensors["weight_zero_point"] = np.ascontiguousarray(packed_zero)
     return tensors
-
-
-def _unsigned(codes: np.ndarray, middle: int) -> np.ndarray:
-    """Shift signed codes to unsigned ones, the inverse of `signed`."""
-    return np.ascontiguousarray(codes).view(np.uint8) + np.uint8(middle)
 
 
 def read_config(fields: Fields) -> CompressedTensors:
@@ -279,7 +276,7 @@ def _read_scheme(weights: Fields) -> Scheme:
     for name in UNUSED_OF_WEIGHTS:
         weights.take(name)
     strategy = weights.expect("strategy", "channel", "group")
-    size = group_size(weights, "group_size")
+    size = read_group_size(weights, "group_size")
     if strategy is None:
         strategy = "channel" if size is None else "group"
     bits = weights.get("num_bits", int, MAX_BITS)

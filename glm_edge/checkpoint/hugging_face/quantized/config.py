@@ -1,6 +1,6 @@
 """The field `quantization_config` of config.json, and the quantized matrices of a directory."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,10 @@ import numpy as np
 from glm_edge.checkpoint.hugging_face.fields import Fields
 from glm_edge.checkpoint.hugging_face.member import TensorMapping
 from glm_edge.checkpoint.hugging_face.quantized import awq, compressed_tensors, gptq
-from glm_edge.checkpoint.hugging_face.quantized.matrix import Method, PackedMatrix, StoredModule
+from glm_edge.checkpoint.hugging_face.quantized.awq import AWQ
+from glm_edge.checkpoint.hugging_face.quantized.compressed_tensors import CompressedTensors
+from glm_edge.checkpoint.hugging_face.quantized.gptq import GPTQ
+from glm_edge.checkpoint.hugging_face.quantized.matrix import PackedMatrix, StoredModule
 from glm_edge.checkpoint.safetensors import SafetensorsFile
 from glm_edge.errors import CheckpointError, ConfigError
 
@@ -17,10 +20,13 @@ FIELD = "quantization_config"
 WEIGHT = ".weight"
 # Suffixes of tensors with values or codes, of which a module has one.
 CODES = ("weight", "weight_packed", "qweight")
-READERS = {
-    compressed_tensors.METHOD: compressed_tensors.read_config,
-    "gptq": gptq.read_config,
-    "awq": awq.read_config,
+Method = CompressedTensors | GPTQ | AWQ
+"""A method of quantization with its options."""
+
+READERS: dict[str, Callable[[Fields], Method]] = {
+    CompressedTensors.name: compressed_tensors.read_config,
+    GPTQ.name: gptq.read_config,
+    AWQ.name: awq.read_config,
 }
 
 

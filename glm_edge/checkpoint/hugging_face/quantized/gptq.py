@@ -18,8 +18,14 @@ from glm_edge.checkpoint.hugging_face.quantized.matrix import (
     PackedMatrix,
     StoredModule,
     format_of,
+    read_group_size,
 )
-from glm_edge.checkpoint.hugging_face.quantized.words import WORD_BITS, num_words, unpack_words
+from glm_edge.checkpoint.hugging_face.quantized.words import (
+    WORD_BITS,
+    num_words,
+    signed,
+    unpack_words,
+)
 from glm_edge.errors import CheckpointError, ConfigError
 
 BITS = (2, 3, 4, 8)
@@ -100,20 +106,6 @@ class GPTQ:
         return Codes(signed(codes, middle), scale, signed(zero, middle))
 
 
-def signed(codes: np.ndarray, middle: int) -> np.ndarray:
-    """Shift unsigned codes to signed ones.
-
-    Args:
-      codes: uint8 of any shape.
-      middle: code of zero, 2^(bits - 1).
-
-    Returns:
-      int8 in the same shape, `codes - middle`.
-    """
-    # Modulo 256, this subtraction is exact for the int8 results.
-    return np.ascontiguousarray(codes - np.uint8(middle)).view(np.int8)
-
-
 def _check_symmetric(module: StoredModule, zero: np.ndarray, middle: int) -> None:
     wrong = zero[zero != middle]
     if wrong.size:
@@ -152,26 +144,9 @@ def read_config(fields: Fields) -> GPTQ:
         fields.take(name)
     options = GPTQ(
         bits=fields.get("bits", int),
-        group_size=group_size(fields, "group_size"),
+        group_size=read_group_size(fields, "group_size"),
         symmetric=fields.get("sym", bool, True),
         offset=0 if stored == "gptq_v2" else 1,
     )
     fields.finish()
     return options
-
-
-def group_size(fields: Fields, name: str) -> int | None:
-    """Return a group size: a positive integer, or None for -1 and null (one scale per row).
-
-    Args:
-      fields: fields of a section.
-      name: name of the field.
-
-    Returns:
-      Columns per group, or None.
-
-    Raises:
-      ConfigError: the field is malformed.
-    """
-    value = fields.take(name)
-    return None if type(value) is int and value == -1 else fields.get(name, int, None)

@@ -6,10 +6,11 @@ Letters used for shapes: `O` rows (outputs), `I` columns (inputs), `G` groups pe
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from glm_edge.checkpoint.hugging_face.fields import Fields
 from glm_edge.checkpoint.safetensors import SafetensorsFile, TensorInfo
 from glm_edge.checkpoint.shapes import check_shape
 from glm_edge.errors import BoxError, CheckpointError
@@ -168,24 +169,6 @@ class PackedMatrix:
         return {self.name: TensorInfo("F32", self.shape, 0, 0)}
 
 
-class Method(Protocol):
-    """A method of quantization with its options, from `quantization_config`.
-
-    Attributes:
-      name: value of `quant_method`.
-      suffixes: suffixes of the tensors that a quantized module may have instead of `weight`.
-    """
-
-    name: str
-    suffixes: tuple[str, ...]
-
-    def is_quantized(self, module: StoredModule) -> bool:
-        """Test for a quantized module among the modules with some of the tensors."""
-
-    def open(self, module: StoredModule) -> PackedMatrix:
-        """Check the headers of a module's tensors."""
-
-
 def format_of(
     module: StoredModule,
     suffix: str,
@@ -212,3 +195,20 @@ def format_of(
         return Format(f"int{bits}", group_size, symmetric, module.scale_type(suffix))
     except BoxError as error:
         raise CheckpointError(f"{module.where(suffix)}: {error}") from error
+
+
+def read_group_size(fields: Fields, name: str) -> int | None:
+    """Return a group size: a positive integer, or None for -1 and null (one scale per row).
+
+    Args:
+      fields: fields of a section.
+      name: name of the field.
+
+    Returns:
+      Columns per group, or None.
+
+    Raises:
+      ConfigError: the field is malformed.
+    """
+    value = fields.take(name)
+    return None if type(value) is int and value == -1 else fields.get(name, int, None)

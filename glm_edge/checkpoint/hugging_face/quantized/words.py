@@ -89,3 +89,30 @@ def _chunks(rows: int, columns: int) -> list[tuple[int, int]]:
     """Split rows into ranges, so that intermediate arrays stay small beside the result."""
     step = max(1, CHUNK_CODES // max(1, columns))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def signed(codes: np.ndarray, middle: int) -> np.ndarray:
+    """Shift unsigned codes to signed ones.
+
+    Args:
+      codes: uint8 of any shape.
+      middle: code of zero, 2^(bits - 1).
+
+    Returns:
+      int8 in the same shape, `codes - middle`.
+    """
+    # Modulo 256, this subtraction is exact for the int8 results.
+    return np.ascontiguousarray(codes - np.uint8(middle)).view(np.int8)
+
+
+def unsigned(codes: np.ndarray, middle: int) -> np.ndarray:
+    """Shift signed codes to unsigned ones, the inverse of `signed`.
+
+    Args:
+      codes: int8 of any shape.
+      middle: code of zero, 2^(bits - 1).
+
+    Returns:
+      uint8 in the same shape, `codes + middle`.
+    """
+    return np.ascontiguousarray(codes).view(np.uint8) + np.uint8(middle)
