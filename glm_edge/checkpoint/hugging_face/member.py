@@ -54,6 +54,8 @@ class FamilyMember:
       renames: `(pattern, replacement)` pairs, applied in order, from the names of other dialects
         to the names of `entries`.
       ignored: regular expression of stored tensors that are not read.
+      module_renames: `(pattern, replacement)` pairs from the names of `entries` to the names of
+        transformers' modules, where these differ.
     """
 
     read_config: Callable[[Fields, str], Any]
@@ -62,6 +64,7 @@ class FamilyMember:
     entries: Callable[[Any], list[TensorMapping]]
     renames: tuple[tuple[str, str], ...] = ()
     ignored: Callable[[Any], str] = lambda config: r"(?!)"
+    module_renames: tuple[tuple[str, str], ...] = ()
 
 
 def same(path: str, name: str, *fields: str) -> list[TensorMapping]:

@@ -19,7 +19,11 @@ from glm_edge.checkpoint.hugging_face.quantized.boxed import (
     check_matrices,
     read_boxes,
 )
-from glm_edge.checkpoint.hugging_face.quantized.config import read_method, with_matrices
+from glm_edge.checkpoint.hugging_face.quantized.config import (
+    check_unpacked,
+    read_method,
+    with_matrices,
+)
 from glm_edge.checkpoint.hugging_face.quantized.matrix import PackedMatrix
 from glm_edge.checkpoint.hugging_face.tying import untie, untied_if_heads_differ
 from glm_edge.checkpoint.native import check_reaches
@@ -181,6 +185,7 @@ def open_directory(directory: Path, fields: dict[str, Any]) -> HuggingFaceSource
     expected = expected_shapes(model)
     entries = member.entries(config)
     if method is None:
+        check_unpacked(stored, str(directory / CONFIG))
         check_headers(entries, stored, files, expected, directory)
         return HuggingFaceSource(model, entries, stored, files, expected)
     tensors = with_matrices(entries, stored, files, method)

@@ -1,5 +1,6 @@
 """Export to Hugging Face directories of compressed-tensors, which vLLM and SGLang serve."""
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import numpy as np
 from glm_edge import params as boxes
 from glm_edge.checkpoint import load
 from glm_edge.checkpoint.companions import read_companions
-from glm_edge.checkpoint.hugging_face.member import TensorMapping
+from glm_edge.checkpoint.hugging_face.member import FamilyMember, TensorMapping
 from glm_edge.checkpoint.hugging_face.quantized.compressed_tensors import (
     ACTIVATIONS_PER_TOKEN,
     METHOD,
@@ -205,7 +206,7 @@ def compressed_tensors(
         # transformers has a head also where it is tied, and vLLM looks for its scheme.
         head = next(e for e in member.entries(untied) if e.paths == HEAD)
         schemes[_module(head.names[0])] = None
-    fields[FIELD] = _quantization_config(schemes, packed)
+    fields[FIELD] = _quantization_config(_by_every_name(schemes, member), packed)
     contents = {} if source is None else read_companions(source)
     with new_directory(path, overwrite) as directory:
         for name, content in contents.items():
@@ -273,8 +274,8 @@ def _stored_box(path: str, box: Quantized, activations: str) -> tuple[Quantized,
 def _check_home(path: str, box: Quantized) -> None:
     """Reject a box that is not the weight of a product inside the model.
 
-    vLLM reads quantized heads since 2026 (pull request 37291). SGLang loads them without an error
-    and answers with noise (issue 35358). Neither reads quantized embeddings.
+    vLLM reads quantized heads since pull request 37291, of 2026. Releases of SGLang load them
+    without an error and compute wrong logits (issue 35358). An embedding is not a product.
     """
     if path.split("/")[0] in ("embed", "head"):
         raise ExportError(
@@ -342,6 +343,19 @@ def _check_fused(schemes: Mapping[str, Scheme | None]) -> None:
                         f"{module} and {other} have different formats, but engines load them as "
                         "one matrix; use one format for both"
                     )
+
+
+def _by_every_name(
+    schemes: Mapping[str, Scheme | None], member: FamilyMember
+) -> dict[str, Scheme | None]:
+    """Name modules as in the checkpoint, for vLLM, and also as in transformers."""
+    named = dict(schemes)
+    for module, scheme in schemes.items():
+        renamed = module
+        for pattern, replacement in member.module_renames:
+            renamed = re.sub(pattern, replacement, renamed)
+        named[renamed] = scheme
+    return named
 
 
 def _quantization_config(schemes: Mapping[str, Scheme | None], packed: bool) -> dict[str, Any]:

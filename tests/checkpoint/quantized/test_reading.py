@@ -268,6 +268,15 @@ def test_a_module_stored_twice_is_refused(tmp_path):
         ge.load(directory)
 
 
+def test_packed_codes_without_options_are_named(tmp_path):
+    directory = write_gptq(tmp_path / "q", drawn())
+    fields = json.loads((directory / "config.json").read_text())
+    del fields["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=r"no field 'quantization_config', but tensor '\S+qw"):
+        ge.load(directory)
+
+
 def test_quantized_norms_are_refused(tmp_path):
     directory = write_gptq(tmp_path / "q", drawn())
     file = SafetensorsFile(directory / "model.safetensors")

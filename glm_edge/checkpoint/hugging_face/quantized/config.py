@@ -19,7 +19,9 @@ from glm_edge.errors import CheckpointError, ConfigError
 FIELD = "quantization_config"
 WEIGHT = ".weight"
 # Suffixes of tensors with values or codes, of which a module has one.
-CODES = ("weight", "weight_packed", "qweight")
+PACKED = ("weight_packed", "qweight")
+CODES = ("weight", *PACKED)
+
 Method = CompressedTensors | GPTQ | AWQ
 """A method of quantization with its options."""
 
@@ -68,6 +70,24 @@ def read_method(fields: dict[str, Any], where: str) -> Method | None:
             f"supported: {', '.join(READERS)}"
         )
     return READERS[method](section)
+
+
+def check_unpacked(names: Iterable[str], where: str) -> None:
+    """Refuse packed codes whose method is not described.
+
+    Args:
+      names: names of the stored tensors.
+      where: config.json for the message.
+
+    Raises:
+      CheckpointError: a tensor contains packed codes.
+    """
+    for name in names:
+        if name.rpartition(".")[2] in PACKED:
+            raise CheckpointError(
+                f"{where}: has no field {FIELD!r}, but tensor {name!r} contains packed codes; add "
+                "the options of its quantization (older tools wrote them to quantize_config.json)"
+            )
 
 
 def with_matrices(

@@ -1,9 +1,7 @@
-"""Directories of compressed-tensors: their values in its library, transformers and `ge.load`."""
+"""Directories of compressed-tensors: what they hold, what has no place there, reading them back."""
 
 import json
-import re
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,90 +14,20 @@ from glm_edge import params as boxes
 from glm_edge.checkpoint.safetensors import SafetensorsFile
 from glm_edge.errors import CheckpointError, ExportError, OutputError
 from glm_edge.params import Format
+from tests.export.compressed_tensors.boxed import (
+    CONFIG,
+    DECODER,
+    FIELDS,
+    FORMATS,
+    MIXED,
+    TINY,
+    boxed,
+    quantization_of,
+    rounded,
+)
 
-CONFIG = "config.json"
-TINY = Path(__file__).parents[1] / "checkpoint" / "tiny_configs.json"
-FIELDS = {
-    "model_type": "glm4",
-    "hidden_act": "silu",
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 40,
-    "max_position_embeddings": 64,
-    "eos_token_id": [2, 3],
-    "pad_token_id": 2,
-    "attention_bias": True,
-    "tie_word_embeddings": False,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 9000.0,
-        "partial_rotary_factor": 0.5,
-    },
-}
-DECODER = r"^decoder/"
-DOWN, GATE = "decoder/layers/0/mlp/down_proj/weight", "decoder/layers/0/mlp/gate_up_proj/weight"
+DOWN = "decoder/layers/0/mlp/down_proj/weight"
 HF_DOWN = "model.layers.0.mlp.down_proj"
-# Logits of a random model; its head is scaled so that they are of the order of 1.
-TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def dense():
-    model, params = make_round_trip.build(FIELDS)
-    params["head"]["weight"] = params["head"]["weight"] / 4
-    return model, params
-
-
-def boxed(params, format: str | dict[str, str], where: str = DECODER, dtype: str = "float32"):
-    """Round the matrices of a tree in numpy: one format, or one per pattern."""
-    formats = {where: format} if isinstance(format, str) else format
-
-    def box(path, leaf):
-        chosen = [text for pattern, text in formats.items() if re.search(pattern, path)]
-        if not chosen or not boxes.is_matrix(path, leaf):
-            return leaf
-        return rounded(leaf, Format.parse(chosen[0]), dtype)
-
-    return boxes.map_with_path(box, params)
-
-
-def rounded(leaf, form: Format, dtype: str = "float32"):
-    weight = np.asarray(leaf, np.float32)
-    groups = form.scale_shape(weight.shape)[1]
-    low, high = -(2 ** (int(form.bits) - 1)), 2 ** (int(form.bits) - 1) - 1
-    if form.qtype.startswith(("ternary", "nf4")):
-        low, high = -1, 1
-    grouped = weight.reshape(len(weight), groups, -1)
-    if form.symmetric:
-        scale, zero = np.abs(grouped).max(-1) / -low, None
-    else:
-        scale = (grouped.max(-1) - grouped.min(-1)) / (high - low)
-        zero = np.clip(np.round(low - grouped.min(-1) / scale), low, high)
-    if form.group_size == "tensor":
-        scale = scale.max(keepdims=True)
-    scale = np.asarray(jnp.asarray(scale, form.scale_dtype))
-    steps = grouped / scale.astype(np.float32)[..., None] + (0 if zero is None else zero[..., None])
-    codes = np.clip(np.round(steps), low, high).astype(np.int8).reshape(weight.shape)
-    return boxes.quantized(
-        jnp.asarray(codes), jnp.asarray(scale),
-        None if zero is None else jnp.asarray(zero, jnp.int8), form, dtype=dtype,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Return a function that writes and ignores the missing tokenizer."""
-
-    def write(model, params, **options):
-        with pytest.warns(UserWarning, match="without a tokenizer"):
-            return ge.export.compressed_tensors(model, params, tmp_path / "out", **options)
-
-    return write
 
 
 def assert_same_tree(stored, expected):
@@ -107,21 +35,6 @@ def assert_same_tree(stored, expected):
     for one, other in zip(jax.tree.leaves(stored), jax.tree.leaves(expected), strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
-
-
-def quantization_of(directory):
-    return json.loads((directory / CONFIG).read_text())["quantization_config"]
-
-
-FORMATS = (
-    "int4-g32",
-    "int4-g16-affine",
-    "int8-channel",
-    "int8-channel-affine-scale=bfloat16",
-    "int4-channel-scale=float16",
-    "int8-g32",
-)
-MIXED = {r"^decoder/.*attention": "int8-channel", r"^decoder/.*mlp": "int4-g32"}
 
 
 @pytest.mark.parametrize("format", [*FORMATS, MIXED], ids=str)
@@ -254,7 +167,7 @@ def test_companions_of_the_source_are_copied(tmp_path, dense):
     "name", ["glm4v", "glmasr", pytest.param("glm_ocr", marks=pytest.mark.slow)]
 )
 def test_encoders_are_written_and_read_back(write, name):
-    model, params = make_round_trip.build(json.loads(TINY.read_text())[name])
+    model, params = make_round_trip.build(TINY[name])
     params = boxed(params, "int8-channel", where=r"^(decoder|vision|speech)/layers/")
     result = write(model, params)
     assert_same_tree(ge.load(result.path)[1], params)
@@ -329,92 +242,6 @@ def test_verify_notices_other_weights(dense, write):
     write(model, boxed(other, "int4-g32"))
     with pytest.raises(ExportError, match="decoder/norm/weight differs from the model's"):
         result.verify()
-
-
-@pytest.mark.parametrize("format", [*FORMATS, "int3-g32", "int8-tensor"])
-def test_its_library_decompresses_our_values_bit_for_bit(dense, write, format):
-    torch = pytest.importorskip("torch")
-    library = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
-    quantization = pytest.importorskip("compressed_tensors.quantization")
-    model, params = dense
-    result = write(model, boxed(params, format))
-    group = quantization_of(result.path)["config_groups"]["group_0"]
-    scheme = quantization.QuantizationScheme(**group)
-    values = decompressed(result.path, scheme, library.PackedQuantizationCompressor, torch)
-    for path, leaf in boxes.path_items(result.params):
-        if boxes.is_box(leaf):
-            np.testing.assert_array_equal(values[hugging_face_name(path)], leaf.rows())
-
-
-def test_its_library_decompresses_int8_with_int8_activations(dense, write):
-    torch = pytest.importorskip("torch")
-    library = pytest.importorskip("compressed_tensors.compressors.naive_quantized.base")
-    quantization = pytest.importorskip("compressed_tensors.quantization")
-    model, params = dense
-    result = write(model, boxed(params, "int8-channel"), activations="int8_dynamic")
-    group = quantization_of(result.path)["config_groups"]["group_0"]
-    scheme = quantization.QuantizationScheme(**group)
-    values = decompressed(result.path, scheme, library.IntQuantizationCompressor, torch)
-    for path, leaf in boxes.path_items(result.params):
-        if boxes.is_box(leaf):
-            np.testing.assert_array_equal(values[hugging_face_name(path)], leaf.rows())
-
-
-def hugging_face_name(path: str) -> str:
-    module = path.removesuffix("/weight").replace("decoder", "model").replace("/", ".")
-    return module.replace(".attention.", ".self_attn.")
-
-
-def decompressed(directory, scheme, compressor, torch):
-    """Return the float32 weight of every quantized module, from the library's code."""
-    safetensors = pytest.importorskip("safetensors.torch")
-    tensors = safetensors.load_file(directory / "model.safetensors")
-    values = {}
-    for scale in (name for name in tensors if name.endswith(".weight_scale")):
-        module = scale.removesuffix(".weight_scale")
-        parts = {
-            name.removeprefix(f"{module}."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(f"{module}.weight")
-        }
-        # The library computes in the type of the scales.
-        parts["weight_scale"] = parts["weight_scale"].to(torch.float32)
-        values[module] = compressor.decompress(parts, scheme)["weight"].numpy()
-    return values
-
-
-@pytest.mark.parametrize(
-    ("format", "dequantize", "activations"),
-    [
-        ("int4-g32", False, "float"),
-        ("int8-channel", True, "float"),
-        ("int4-g16-affine-scale=float32", True, "float"),
-        (MIXED, False, "float"),
-        ("int8-channel", True, "int8_dynamic"),
-    ],
-    ids=str,
-)
-def test_transformers_computes_the_same_logits(dense, write, format, dequantize, activations):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers", minversion="5.0")
-    pytest.importorskip("compressed_tensors")
-    model, params = dense
-    params = boxed(params, format)
-    result = write(model, params, activations=activations)
-    options = {}
-    if dequantize:
-        # Without it, transformers 5.23 refuses the packed shape of zero points, and rounds
-        # activations. With it, products of codes and scales have the type of the scales.
-        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        result.path, dtype=torch.float32, **options
-    )
-    tokens = np.random.default_rng(0).integers(4, 40, (2, 12))
-    with torch.no_grad():
-        expected = reference(torch.from_numpy(tokens)).logits.numpy()
-    actual, _ = jax.jit(model.apply)({"params": params}, jnp.asarray(tokens))
-    assert 0.5 < np.abs(expected).max() < 5
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
