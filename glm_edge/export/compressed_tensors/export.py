@@ -159,9 +159,9 @@ def compressed_tensors(
       source: directory or GGUF file of the original model, whose tokenizer, chat template,
         processor and generation files are copied.
       activations: `float` stores weights only. `int8_dynamic` declares `int-quantized` (W8A8):
-        engines round the inputs of products to int8 with one scale per token, as the model's
-        `compute="int8_dynamic"` does. Each quantized weight must then be int8, per channel and
-        symmetric.
+        engines round the inputs of products to int8 with one symmetric scale per token. (JAX's
+        `compute="int8_dynamic"` adds a zero point per token, so logits differ.) Each quantized
+        weight must then be int8, per channel and symmetric.
       shard_bytes: maximum bytes per file of weights.
       overwrite: whether to replace an existing checkpoint.
 

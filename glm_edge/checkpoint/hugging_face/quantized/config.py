@@ -18,7 +18,7 @@ from glm_edge.errors import CheckpointError, ConfigError
 
 FIELD = "quantization_config"
 WEIGHT = ".weight"
-# Suffixes of tensors with values or codes, of which a module has one.
+# Suffixes of tensors with packed codes, and of those with codes or values; a module has one.
 PACKED = ("weight_packed", "qweight")
 CODES = ("weight", *PACKED)
 
