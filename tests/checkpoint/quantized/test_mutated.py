@@ -68,13 +68,18 @@ MAKERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize(
-    "seeds",
-    [range(10), pytest.param(range(10, 160), marks=pytest.mark.slow)],
-    ids=["few", "many"],
-)
-def test_mutations_are_refused_or_load_finite_weights(tmp_path, watch, kind, seeds):
+def test_many_mutations_are_refused_or_load_finite_weights(tmp_path, watch, kind):
+    check(tmp_path, kind, range(10, 160))
+
+
+@pytest.mark.parametrize("kind", ["gptq", "pack-quantized"])
+def test_mutations_are_refused_or_load_finite_weights(tmp_path, watch, kind):
+    check(tmp_path, kind, range(10))
+
+
+def check(tmp_path, kind, seeds):
     (tmp_path / "made").mkdir()
     made = in_shards(MAKERS[kind](tmp_path / "made"))
     # Compiles before the first limit of time.

@@ -44,6 +44,8 @@ FORMATS = (
     "int8-g32",
 )
 MIXED = {r"^decoder/.*attention": "int8-channel", r"^decoder/.*mlp": "int4-g32"}
+# Formats of the default run; the others are slow tests.
+QUICK = ("int4-g32", "int4-g16-affine", MIXED)
 
 
 def boxed(params, format: str | dict[str, str], where: str = DECODER, dtype: str = "float32"):
