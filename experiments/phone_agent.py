@@ -118,9 +118,9 @@ def do(phone: Phone, action: Action) -> None:
 def split_answer(text: str) -> tuple[str, str]:
     """Split an answer into thought and action, as the client does."""
     for call in ("finish(message=", "do(action="):
-        thought, found, rest = text.partition(call)
-        if found:
-            return thought.strip(), call + rest.strip()
+        if call in text:
+            thought, arguments = text.split(call, 1)
+            return thought.strip(), call + arguments.strip()
     return "", text.strip()
 
 

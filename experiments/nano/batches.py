@@ -330,16 +330,16 @@ def _sources(parts: Sequence[tuple[Sequence[int], float]]) -> list[int]:
     task, at = list(parts[0][0]), 0
     sources = []
     for ids, weight in parts:
-        found = NO_SOURCE
+        source = NO_SOURCE
         if 0 < weight < 1 and len(ids):
             words = list(ids[:-1])
             starts = range(at, len(task) - len(words) + 1)
-            found = next((i for i in starts if task[i : i + len(words)] == words), NO_SOURCE)
-        if found == NO_SOURCE:
+            source = next((i for i in starts if task[i : i + len(words)] == words), NO_SOURCE)
+        if source == NO_SOURCE:
             sources += [NO_SOURCE] * len(ids)
             continue
-        at = found + len(ids) - 1
-        sources += [*range(found, at), NO_SOURCE]
+        at = source + len(ids) - 1
+        sources += [*range(source, at), NO_SOURCE]
     return sources
 
 

@@ -71,12 +71,12 @@ class LazyCheckpoint:
         return leaves
 
     def _read_tensors(self, wanted: list[str]) -> dict[str, Any]:
-        plan, leaves = Placement().plan(self.abstract, self.model.config), {}
+        plan = Placement().plan(self.abstract, self.model.config)
+        leaves: dict[str, Any] = {}
         for entry in self._source.entries:
             if not set(entry.paths) & set(wanted):
                 continue
-            for path, array in self._source.read(entry, plan, None):
-                leaves[path] = plan[path].put(array)
+            leaves |= self._source.leaves(entry, plan, None)
         return leaves
 
 

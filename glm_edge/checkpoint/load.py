@@ -60,8 +60,8 @@ def load(
 
     Args:
       path: directory written by `save`; a Hugging Face directory of the GLM family (config.json
-        and one or more safetensors files); or a GGUF file of the architecture `llama`, or a
-        directory with one.
+        and one or more safetensors files), dense or quantized by compressed-tensors, GPTQ or AWQ;
+        or a GGUF file of the architecture `llama`, or a directory with one.
       dtype: type to which trainable weights are cast; None keeps the stored type. Integers, masks
         and scales of compressed weights keep their types. Train in float32.
       mesh: mesh of devices, of one or several processes, over which parameters are sharded; None
@@ -72,8 +72,8 @@ def load(
       like: concrete or abstract parameters of `model`, such as
         `jax.eval_shape(model.init, key, x)["params"]`. Stored paths and dense shapes must match.
       weights: `dense` dequantizes the blocks of a GGUF file, to float32 without `dtype`. `boxes`
-        keeps their codes and scales as `Quantized` boxes. Directories of this library always keep
-        the boxes that they store.
+        keeps their codes and scales as `Quantized` boxes. Directories always keep the boxes, or
+        the codes and scales, that they store.
 
     Returns:
       `(model, params)`: a Linen module with its `config`, and its tree of arrays and boxes.
@@ -215,7 +215,8 @@ def save(
         if described is None and format:
             raise CheckpointError(
                 f"{target}: Hugging Face cannot store this model (boxes, widths that "
-                "differ per layer, or unknown encoders); save it with format='safetensors'"
+                "differ per layer, or unknown encoders); save it with format='safetensors', or "
+                "write boxes for vLLM with ge.export.compressed_tensors"
             )
     with new_directory(target, overwrite) as temporary:
         for name, content in contents.items():

@@ -1,9 +1,11 @@
-"""Exports any checkpoint that the library loads to an on-device file.
+"""Exports any checkpoint that the library loads to an on-device file, or to a served directory.
 
     glm-edge export --checkpoint=DIR --format=tflite --out=phone.tflite --verify
 
 --format is `tflite` (LiteRT), `litertlm` (a bundle with tokenizer and chat template, for
-LiteRT-LM's apps), `onnx`, `mnn` or `coreml`. Each has its own extra. The codes of a compressed
+LiteRT-LM's apps), `onnx`, `mnn`, `coreml`, or `compressed_tensors` (a Hugging Face directory for
+vLLM, SGLang and transformers, with the checkpoint's tokenizer and chat template; no extra). The
+others have one extra each. The codes of a compressed
 checkpoint (from `glm-edge compress`) are stored unchanged. If a format does not support a weight's
 type, the command converts the weight and prints the rule, or fails and names a supported type. On
 two cores, int4 models of 0.3 to 9.4 billion parameters take 26 to 131 s without --verify.
@@ -19,6 +21,7 @@ CPython's help topics, or random tokens for litertlm and for a checkpoint withou
   is full.
 * coreml: the package is not run. The functions, codes and scales of its specification are compared
   with the model's; the package stays marked as unverified.
+* compressed_tensors: no engine runs. The directory is read again, and all weights are compared.
 
 The command prints the file's size, its conversions, the operators that accelerators accept
 (tflite), and the verification. --report writes the same to report.json beside the file.
@@ -45,8 +48,11 @@ from glm_edge.errors import DataError, ExportError, OutputError
 from glm_edge.export.verify.worker import require_runtime
 
 FLAGS = flags.FLAGS
-FORMATS = ("tflite", "litertlm", "onnx", "mnn", "coreml")
+COMPRESSED_TENSORS = "compressed_tensors"
+FORMATS = ("tflite", "litertlm", "onnx", "mnn", "coreml", COMPRESSED_TENSORS)
 FLOAT32 = ("onnx", "mnn")
+# Formats that --verify reads and does not run.
+READ = ("coreml", COMPRESSED_TENSORS)
 RUNTIMES = {"tflite": "litert", "litertlm": "litertlm", "onnx": "onnx", "mnn": "mnn"}
 REPORT = "report.json"
 # Tokens of --text per prompt of an engine.
@@ -59,7 +65,18 @@ def define_flags() -> None:
     """Define the command's flags."""
     flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP)
     flags.DEFINE_enum("format", "tflite", FORMATS, "Format to write.")
-    flags.DEFINE_string("out", None, "Output file; a directory for onnx and mnn.", required=True)
+    flags.DEFINE_string(
+        "out",
+        None,
+        "Output file; a directory for onnx, mnn and compressed_tensors.",
+        required=True,
+    )
+    flags.DEFINE_enum(
+        "activations",
+        "float",
+        ["float", "int8_dynamic"],
+        "compressed_tensors: int8_dynamic declares activations of 8 bits, beside int8 weights.",
+    )
     flags.DEFINE_list(
         "prefill_lengths",
         ["128"],
@@ -77,7 +94,7 @@ def define_flags() -> None:
         None,
         ["int8_dynamic", "int8_static", "float32"],
         "Arithmetic of JAX in --verify: rounded activations, or float32; default: that of the "
-        "file. onnx and mnn accept only float32, coreml none.",
+        "file. onnx and mnn accept only float32, coreml and compressed_tensors none.",
     )
     flags.DEFINE_float(
         "threshold",
@@ -101,9 +118,13 @@ def main(argv: Sequence[str]) -> None:
     out = Path(FLAGS.out)
     source = checkpoint_of(FLAGS.checkpoint)
     check_flags(out)
-    options = {"prefill_lengths": lengths(), "overwrite": FLAGS.overwrite}
-    if FLAGS.cache_slots is not None:
-        options["cache_slots"] = FLAGS.cache_slots
+    options: dict[str, Any] = {"overwrite": FLAGS.overwrite}
+    if FLAGS.format == COMPRESSED_TENSORS:
+        options |= {"source": source, "activations": FLAGS.activations}
+    else:
+        options["prefill_lengths"] = lengths()
+        if FLAGS.cache_slots is not None:
+            options["cache_slots"] = FLAGS.cache_slots
     write = getattr(ge.export, FLAGS.format)
     ids, named = text_ids(source)
     model, params = ge.load(source)
@@ -139,6 +160,10 @@ def check_flags(out: Path) -> None:
       MissingExtraError: the runtime of the format is not installed.
       OutputError: a file already exists, or its directory does not exist.
     """
+    served = FLAGS.format == COMPRESSED_TENSORS
+    for name in ("prefill_lengths", "cache_slots") if served else ("activations",):
+        if FLAGS[name].present:
+            raise DataError(f"--{name}: does not apply to {FLAGS.format}; omit the flag")
     if FLAGS.verify:
         check_verify_flags()
     for path in (out, out.parent / REPORT) if FLAGS.report else (out,):
@@ -155,10 +180,10 @@ def check_verify_flags() -> None:
       MissingExtraError: the runtime of the format is not installed.
     """
     options = [name for name in ("compute", "threshold", "text") if FLAGS[name].value is not None]
-    if FLAGS.format == "coreml":
+    if FLAGS.format in READ:
         if options:
             raise DataError(
-                f"--{options[0]}: does not apply to coreml, whose package is not run; omit the flag"
+                f"--{options[0]}: does not apply to {FLAGS.format}, which is not run; omit the flag"
             )
         return
     if FLAGS.format in FLOAT32 and FLAGS.compute not in (None, "float32"):
@@ -209,7 +234,7 @@ def text_ids(source: Path) -> tuple[np.ndarray | None, str]:
 
 def verification(result: Any, ids: np.ndarray | None, source: Path, named: str) -> dict[str, Any]:
     """Return the comparison with JAX, or with the specification for a format that is not run."""
-    if FLAGS.format == "coreml":
+    if FLAGS.format in READ:
         outcome = result.verify()
         return {"ran": False, **dataclasses.asdict(outcome), "summary": str(outcome)}
     outcome = result.verify(

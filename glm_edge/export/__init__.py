@@ -1,6 +1,11 @@
 """Export of compressed models to on-device files, and verification of those files."""
 
 from glm_edge.export.common.weights import Conversion
+from glm_edge.export.compressed_tensors.export import (
+    CompressedTensorsDirectory,
+    WeightInspection,
+    compressed_tensors,
+)
 from glm_edge.export.coreml.export import coreml
 from glm_edge.export.coreml.verify import CoreMLPackage, Inspection
 from glm_edge.export.delegates.compatibility import Compatibility, compatibility
@@ -24,6 +29,7 @@ PackageModel = GraphDirectoryRunner
 __all__ = [
     "Bundle",
     "Compatibility",
+    "CompressedTensorsDirectory",
     "Conversion",
     "CoreMLPackage",
     "ExportedFunction",
@@ -36,8 +42,10 @@ __all__ = [
     "Package",
     "PackageModel",
     "Verification",
+    "WeightInspection",
     "Window",
     "compatibility",
+    "compressed_tensors",
     "coreml",
     "function",
     "litertlm",

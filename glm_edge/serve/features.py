@@ -52,7 +52,7 @@ class FeatureCache:
           GlmEdgeError: an item cannot be encoded.
         """
         self._collect()
-        found: dict[bytes, np.ndarray] = {}
+        known: dict[bytes, np.ndarray] = {}
         complete = True
         for item in media:
             features = self._features.get(item.key)
@@ -68,8 +68,8 @@ class FeatureCache:
                 raise features
             else:
                 self._features.move_to_end(item.key)
-                found[item.key] = features
-        return found if complete else None
+                known[item.key] = features
+        return known if complete else None
 
     @property
     def settled(self) -> bool:

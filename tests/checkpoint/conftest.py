@@ -1,6 +1,10 @@
 """A small multimodal model, random parameters, and Hugging Face directories written by hand."""
 
+import faulthandler
 import json
+import signal
+import sys
+import tracemalloc
 
 import jax
 import numpy as np
@@ -10,6 +14,7 @@ from glm_edge.checkpoint.safetensors import write_safetensors
 from glm_edge.checkpoint.shapes import expected_shapes
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import nested
+from tests.checkpoint.mutations import SECONDS, give_up
 from tests.tiny_models import tiny_config
 
 
@@ -136,3 +141,16 @@ def write_hugging_face(tmp_path):
         return directory
 
     return write
+
+
+@pytest.fixture
+def watch():
+    """Traces memory, and ends a hang inside the system, which no Python handler interrupts."""
+    previous = signal.signal(signal.SIGALRM, give_up)
+    # Once, and around the watching thread: its start and end crash while tracing is switched.
+    tracemalloc.start()
+    faulthandler.dump_traceback_later(60 * SECONDS, exit=True, file=sys.__stderr__)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    tracemalloc.stop()
+    signal.signal(signal.SIGALRM, previous)

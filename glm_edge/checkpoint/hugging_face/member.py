@@ -25,12 +25,15 @@ class TensorMapping:
       names: names of the tensors.
       read: converts the tensors to our arrays, in the orders of `names` and `paths`.
       write: the inverse of `read`.
+      by_rows: False if `read` and `write` do more than split, join and reorder rows. Codes and
+        scales of a quantized matrix can be converted by rows only.
     """
 
     paths: tuple[str, ...]
     names: tuple[str, ...]
     read: Callable[..., Arrays] = _unchanged
     write: Callable[..., Arrays] = _unchanged
+    by_rows: bool = True
 
     @property
     def unchanged(self) -> bool:
@@ -51,6 +54,8 @@ class FamilyMember:
       renames: `(pattern, replacement)` pairs, applied in order, from the names of other dialects
         to the names of `entries`.
       ignored: regular expression of stored tensors that are not read.
+      module_renames: `(pattern, replacement)` pairs from the names of `entries` to the names of
+        transformers' modules, where these differ.
     """
 
     read_config: Callable[[Fields, str], Any]
@@ -59,6 +64,7 @@ class FamilyMember:
     entries: Callable[[Any], list[TensorMapping]]
     renames: tuple[tuple[str, str], ...] = ()
     ignored: Callable[[Any], str] = lambda config: r"(?!)"
+    module_renames: tuple[tuple[str, str], ...] = ()
 
 
 def same(path: str, name: str, *fields: str) -> list[TensorMapping]:
@@ -100,5 +106,5 @@ def convolution(path: str, name: str, shape: tuple[int, ...]) -> list[TensorMapp
     def write(matrix: np.ndarray) -> Arrays:
         return (np.moveaxis(matrix.reshape(matrix.shape[0], *shape, -1), -1, 1),)
 
-    kernel = TensorMapping((f"{path}/weight",), (f"{name}.weight",), read, write)
+    kernel = TensorMapping((f"{path}/weight",), (f"{name}.weight",), read, write, by_rows=False)
     return [kernel, *same(path, name, "bias")]

@@ -24,6 +24,9 @@ MEMBERS = {
     "distilbert": text.DISTILBERT,
 }
 
+# Describes stored tensors, and not the model.
+QUANTIZATION = "quantization_config"
+
 # Members that share a model_type with another member, and the field that distinguishes them.
 VARIANTS = {"glm_edge_v": ("glm", "vision_config"), "glmasr_first": ("glmasr", "whisper_config")}
 
@@ -32,7 +35,7 @@ def read_config(fields: dict[str, Any], where: str, name: str) -> tuple[FamilyMe
     """Find the member of a config.json and read its configuration.
 
     Args:
-      fields: fields of config.json.
+      fields: fields of config.json. `quantized.config.read_method` reads `quantization_config`.
       where: file for messages.
       name: name of the model.
 
@@ -42,7 +45,8 @@ def read_config(fields: dict[str, Any], where: str, name: str) -> tuple[FamilyMe
     Raises:
       ConfigError: the model_type is unknown, or a field is missing, malformed or unsupported.
     """
-    member, reader = MEMBERS[_member_name(fields, where)], Fields(fields, where)
+    described = {field: value for field, value in fields.items() if field != QUANTIZATION}
+    member, reader = MEMBERS[_member_name(fields, where)], Fields(described, where)
     try:
         config = member.read_config(reader, name)
     except ConfigError as error:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,19 @@ import numpy as np
 
 from glm_edge.checkpoint.hugging_face.member import FamilyMember, TensorMapping
 from glm_edge.checkpoint.hugging_face.members import read_config
+from glm_edge.checkpoint.hugging_face.quantized.boxed import (
+    abstract_box,
+    check_matrices,
+    read_boxes,
+)
+from glm_edge.checkpoint.hugging_face.quantized.config import (
+    check_unpacked,
+    read_method,
+    with_matrices,
+)
+from glm_edge.checkpoint.hugging_face.quantized.matrix import PackedMatrix
 from glm_edge.checkpoint.hugging_face.tying import untie, untied_if_heads_differ
+from glm_edge.checkpoint.native import check_reaches
 from glm_edge.checkpoint.placement import Destination, Placement
 from glm_edge.checkpoint.safetensors import WEIGHTS, SafetensorsFile, by_tensor, check_finite
 from glm_edge.checkpoint.shapes import (
@@ -27,6 +39,7 @@ from glm_edge.checkpoint.shapes import (
 from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import CheckpointError
 from glm_edge.files import CONFIG, file_inside, read_json
+from glm_edge.params.boxes import DENSE, Quantized, array_fields
 from glm_edge.params.tree import nested
 
 INDEX = "model.safetensors.index.json"
@@ -73,12 +86,13 @@ def read_source(
       CheckpointError: a tensor is damaged, or not finite.
     """
     plan = placement.plan(nested(source.abstract()), source.model.config)
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for entry in source.entries:
-        for path, array in source.read(entry, plan, dtype):
-            leaves[path] = plan[path].put(array)
+        leaves |= source.leaves(entry, plan, dtype)
     check_names(leaves, source.expected, where)
-    return source.model, nested(leaves)
+    params = nested(leaves)
+    check_reaches(params, where)
+    return source.model, params
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,8 @@ class HuggingFaceSource:
       stored: names in the files by names of the table.
       files: files by names in the files.
       expected: shape by parameter path.
+      matrices: quantized matrices by names of the table.
+      dtype: type of the dense weights of boxes.
     """
 
     model: nn.Module
@@ -98,20 +114,50 @@ class HuggingFaceSource:
     stored: dict[str, str]
     files: dict[str, SafetensorsFile]
     expected: Shapes
+    matrices: Mapping[str, PackedMatrix] = field(default_factory=dict)
+    dtype: str = "float32"
 
-    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return abstract parameters by path."""
-        return {
+    def abstract(self) -> dict[str, Any]:
+        """Return abstract parameters, arrays and boxes, by path."""
+        leaves: dict[str, Any] = {
             path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in self.expected.items()
         }
+        for entry in self.entries:
+            if entry.names[0] in self.matrices:
+                format = self.matrices[entry.names[0]].format
+                for path in entry.paths:
+                    leaves[path] = abstract_box(self.expected[path], format, self.dtype)
+        return leaves
+
+    def leaves(
+        self, entry: TensorMapping, plan: Mapping[str, Destination], dtype: str | None
+    ) -> dict[str, Any]:
+        """Read the parameters of one entry, and move them to their devices.
+
+        Args:
+          entry: one of `entries`.
+          plan: destination of each array by name of `glm_edge.params.to_flat`.
+          dtype: type to cast dense parameters to, or None for the stored type.
+
+        Returns:
+          Arrays or boxes by path.
+
+        Raises:
+          CheckpointError: a tensor is damaged, has a wrong shape, or is not finite.
+        """
+        if entry.names[0] in self.matrices:
+            matrices = [self.matrices[name] for name in entry.names]
+            boxes = read_boxes(entry, matrices, self.dtype)
+            return {path: _put(path, box, plan) for path, box in boxes.items()}
+        return {path: plan[path].put(array) for path, array in self.read(entry, plan, dtype)}
 
     def read(
         self, entry: TensorMapping, plan: Mapping[str, Destination], dtype: str | None
     ) -> list[tuple[str, np.ndarray]]:
-        """Read the parameters of one entry.
+        """Read the dense parameters of one entry.
 
         Args:
-          entry: one of `entries`.
+          entry: one of `entries`, without quantized matrices.
           plan: destination of each parameter by path.
           dtype: type to cast to, or None for the stored type.
 
@@ -127,6 +173,7 @@ class HuggingFaceSource:
 def open_directory(directory: Path, fields: dict[str, Any]) -> HuggingFaceSource:
     """Check the headers of a directory; arguments and exceptions as in `read`."""
     name = str(fields.get("_name_or_path") or directory.resolve().name)
+    method = read_method(fields, str(directory / CONFIG))
     member, config = read_config(fields, str(directory / CONFIG), name)
     config = with_stop_tokens(config, directory)
     files = tensor_files(directory)
@@ -137,8 +184,35 @@ def open_directory(directory: Path, fields: dict[str, Any]) -> HuggingFaceSource
     stored = _canonical_names(member, config, files, directory)
     expected = expected_shapes(model)
     entries = member.entries(config)
-    check_headers(entries, stored, files, expected, directory)
-    return HuggingFaceSource(model, entries, stored, files, expected)
+    if method is None:
+        check_unpacked(stored, str(directory / CONFIG))
+        check_headers(entries, stored, files, expected, directory)
+        return HuggingFaceSource(model, entries, stored, files, expected)
+    tensors = with_matrices(entries, stored, files, method)
+    check_headers(entries, tensors.names, tensors.files, expected, directory)
+    check_matrices(entries, tensors.matrices, expected)
+    dtype = _dense_type(fields)
+    return HuggingFaceSource(
+        model, entries, tensors.names, tensors.files, expected, tensors.matrices, dtype
+    )
+
+
+def _put(path: str, box: Quantized, plan: Mapping[str, Destination]) -> Quantized:
+    """Move the arrays of a box to the devices of a mesh, if there is one."""
+    if plan[f"{path}.data"].sharding is None:
+        return box
+    arrays = {
+        name: plan[f"{path}.{name}"].put(np.asarray(array))
+        for name, array in array_fields(box).items()
+        if array is not None
+    }
+    return box.replace(**arrays)
+
+
+def _dense_type(fields: dict[str, Any]) -> str:
+    """Return the type that config.json names for weights, in the words of transformers 5 or 4."""
+    named = fields.get("dtype") or fields.get("torch_dtype")
+    return named if isinstance(named, str) and named in DENSE else "float32"
 
 
 def _read_entry(

@@ -236,6 +236,11 @@ GLM_ASR = FamilyMember(
         (r"^lm_head\.", f"{HEAD}."),
     ),
     ignored=lambda config: ignored_head(config, re.escape(f"{HEAD}.weight")),
+    module_renames=(
+        (r"^(audio_tower|multi_modal_projector)\.", r"model.\1."),
+        (r"^language_model\.model\.", "model.language_model."),
+        (rf"^{re.escape(HEAD)}$", "lm_head"),
+    ),
 )
 
 

@@ -29,12 +29,24 @@ def fields_of(config: Any, params: Any) -> tuple[FamilyMember, dict[str, Any]] |
     """
     if any(boxes.is_box(leaf) for _, leaf in boxes.path_items(params)):
         return None
+    return describe(config, {str(leaf.dtype) for _, leaf in boxes.path_items(params)})
+
+
+def describe(config: Any, dtypes: set[str]) -> tuple[FamilyMember, dict[str, Any]] | None:
+    """Describe a configuration as the fields of config.json.
+
+    Args:
+      config: configuration of the model.
+      dtypes: types of its dense weights.
+
+    Returns:
+      `(member, fields of config.json)`, or None if no member can express the configuration.
+    """
     written = write_config(config)
     if written is None:
         return None
     member, fields = written
-    dtypes = {str(leaf.dtype) for _, leaf in boxes.path_items(params)}
-    fields["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+    fields["dtype"] = next(iter(dtypes)) if len(dtypes) == 1 else "float32"
     if getattr(config, "name", ""):
         fields["_name_or_path"] = config.name
     return member, fields
@@ -62,6 +74,23 @@ def write(
     for entry in member.entries(config):
         arrays = entry.write(*(np.asarray(leaves[path]) for path in entry.paths))
         tensors.update(zip(entry.names, arrays, strict=True))
+    write_tensors(directory, tensors, fields, shard_bytes)
+
+
+def write_tensors(
+    directory: Path,
+    tensors: dict[str, np.ndarray],
+    fields: dict[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write tensors, in several files if necessary, then config.json.
+
+    Args:
+      directory: empty directory.
+      tensors: arrays by name.
+      fields: fields of config.json.
+      shard_bytes: maximum bytes per file of weights.
+    """
     # transformers refuses a file without the name of a framework in its metadata.
     metadata = {"format": "pt"}
     shards = list(_shards(tensors, shard_bytes))

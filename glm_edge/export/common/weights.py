@@ -88,6 +88,15 @@ TFLITE_FUNCTION = WeightFormat(
 ONNX = WeightFormat(name="ONNX", floats=("float32", "float16"))
 MNN = WeightFormat(name="MNN", zero_points=False)
 COREML = WeightFormat(name="Core ML")
+# Ternary weights would take four bits each.
+_INTEGERS = {qtype: wider for qtype, wider in _WIDER.items() if qtype.startswith("int")}
+COMPRESSED_TENSORS = WeightFormat(
+    name="compressed-tensors",
+    per_channel=_INTEGERS,
+    in_groups=_INTEGERS,
+    floats=("float32", "float16", "bfloat16"),
+    right="integers of 8 or 4 bits, per channel or in groups",
+)
 
 
 @dataclass(frozen=True)
@@ -213,7 +222,7 @@ def check_box(path: str, box: Quantized, target: WeightFormat) -> str:
     elif not form.symmetric and not target.zero_points:
         reason, right = "the format does not store zero points", "a format without -affine"
     elif stored is None:
-        reason = f"the runtime has no kernel for {form.qtype} in groups"
+        reason = f"the runtime has no kernel for {form.qtype}{' in groups' if grouped else ''}"
     elif grouped and form.columns_per_scale % target.group_multiple:
         reason = f"group sizes must be a multiple of {target.group_multiple}"
     elif box.zero is not None:

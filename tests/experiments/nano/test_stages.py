@@ -174,10 +174,10 @@ def test_a_tap_after_a_wrong_thought_misses(batches):
         drawn["slots"] - np.arange(thought.shape[-1])
         == (drawn["acting"] - drawn["action"])[..., None]
     )
-    for wrong, kept in ((thought & ~present, inside), (present, inside & ~present.any(-1))):
+    for wrong, hits in ((thought & ~present, inside), (present, inside & ~present.any(-1))):
         logits = np.where(wrong[..., None], np.roll(right, 1, axis=-1), right)
         now, _ = objectives.taps_in_box(logits, drawn, first_x, size)
-        np.testing.assert_array_equal(now, kept)
+        np.testing.assert_array_equal(now, hits)
 
 
 def test_batches_depend_on_the_generator_only(batches):

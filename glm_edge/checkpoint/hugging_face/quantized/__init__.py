@@ -1,0 +1,1 @@
+"""Quantized Hugging Face directories: compressed-tensors, GPTQ and AWQ."""

@@ -1,0 +1,1 @@
+"""Export to Hugging Face directories in the format of compressed-tensors."""
