@@ -16,6 +16,7 @@ from glm_edge.device.specs import ENGINES, UNITS, Device
 from glm_edge.errors import DataError
 
 TICK_S = 0.02
+LOWEST_SPEED, FINE_POINTS = 0.1, 64
 AMBIENT_C = 25.0
 ASSUMPTION_SPREAD = 0.3
 # Shares are at most 1.
@@ -108,15 +109,20 @@ def machine(
     speed, voltage, watts = device.cpu_points()
     speeds, voltages = [speed], [voltage]
     powers = [watts * numbers["cpu.power_scale"]]
+    # The points of a phone's GPU and NPU are not public; a fine grid depends on none of them.
+    fine = np.linspace(LOWEST_SPEED, 1.0, FINE_POINTS)
     for engine in ENGINES[1:]:
         # Power over speed is `C f V^2`, so voltage grows with half of the exponent above 1.
         exponent = numbers[f"{engine}.power_exponent"]
-        speeds.append(speed)
-        voltages.append(numbers[f"{engine}.top_voltage_v"] * speed ** ((exponent - 1) / 2))
-        powers.append(numbers[f"{engine}.top_power_w"] * speed**exponent)
+        speeds.append(fine)
+        voltages.append(numbers[f"{engine}.top_voltage_v"] * fine ** ((exponent - 1) / 2))
+        powers.append(numbers[f"{engine}.top_power_w"] * fine**exponent)
     leakage = np.array([numbers[f"{engine}.leakage_w_v"] for engine in ENGINES])
     # Tables state all power at 25 C, so leakage is taken out of them once.
-    switching = np.maximum(np.stack(powers) - leakage[:, None] * np.stack(voltages), 0.0)
+    tables = [
+        np.stack([_padded(row, FINE_POINTS) for row in rows]) for rows in (speeds, voltages, powers)
+    ]
+    switching = np.maximum(tables[2] - leakage[:, None] * tables[1], 0.0)
     network = thermal_network(numbers)
     peak = numbers["dram.bandwidth_bytes_s"]
 
@@ -127,9 +133,9 @@ def machine(
         return np.asarray(factor * numbers[name], float)
 
     return Machine(
-        speed=np.asarray(np.stack(speeds), float),
-        voltage_v=np.asarray(np.stack(voltages), float),
-        switching_w=np.asarray(switching, float),
+        speed=tables[0],
+        voltage_v=tables[1],
+        switching_w=switching,
         ops_s=by_engine("ops_s"),
         bandwidth_bytes_s=np.minimum(by_engine("bandwidth_share"), _CLIPPED) * peak,
         shared_bytes_s=scalar("dram.shared_share", peak),
@@ -179,30 +185,21 @@ def _varied(name: str, value: float, factor: float) -> float:
     return min(value * (1.0 + factor), highest)
 
 
+def _padded(row: np.ndarray, points: int) -> np.ndarray:
+    """Repeat the top point of a table, so that all tables have one length."""
+    return np.pad(row, (0, points - len(row)), mode="edge")
+
+
 def stacked(machines: Sequence[Machine]) -> Machine:
-    """Stack machines for `jax.vmap`; shorter tables of points repeat their top point.
+    """Stack machines for `jax.vmap`.
 
     Args:
-      machines: machines with one count of nodes.
+      machines: at least one machine.
 
     Returns:
       A machine whose arrays have a leading axis.
     """
-    points = max(np.shape(machine.speed)[1] for machine in machines)
-
-    def padded(array: ArrayLike) -> np.ndarray:
-        extra = points - np.shape(array)[1]
-        return np.pad(array, ((0, 0), (0, extra)), mode="edge")
-
-    same = [
-        m._replace(
-            speed=padded(m.speed),
-            voltage_v=padded(m.voltage_v),
-            switching_w=padded(m.switching_w),
-        )
-        for m in machines
-    ]
-    return jax.tree.map(lambda *arrays: np.stack(arrays), *same)
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *machines)
 
 
 __all__ = [

@@ -111,15 +111,16 @@ class _Step(NamedTuple):
     units: Array
 
 
-def initial(machine: Machine, tasks: TaskArrays) -> State:
-    """Return a phone at the temperature of the air, at its lowest speeds."""
+def initial(machine: Machine, policy: Policy, tasks: TaskArrays) -> State:
+    """Return an idle phone at the temperature of the air, at the speeds of its governor."""
     count, nodes = tasks.priority.shape[0], machine.capacity_j_k.shape[0]
     zeros = functools.partial(jnp.zeros, dtype=float)
+    wanted = governors.speed_of(policy, zeros(COUNT))
     return State(
         tick=jnp.zeros((), jnp.int32),
         rise_k=zeros(nodes),
         rise_error=zeros(nodes),
-        point=jnp.zeros(COUNT, int),
+        point=_lowest_at_or_above(machine.speed, wanted),
         utilization=zeros(COUNT),
         running=-jnp.ones(COUNT, int),
         remaining=zeros(COUNT),
@@ -192,33 +193,35 @@ def _schedule(
     )
     ops_time_s = tasks.ops[task] / (machine.ops_s * slowed)
     unit_s = jnp.maximum(ops_time_s, tasks.bytes[task] / bandwidth) + tasks.fixed_s[task] / slowed
-    # Progress of the step; a finished unit leaves its unused time to the next one.
+    # Progress of the step. Behind a finished unit the next one of the same task begins at once; if
+    # there is none, the unused time is credited to the task that runs in the next step.
     available_s = step_s + jnp.where(active, state.credit_s, 0.0)
     progress = jnp.where(active, available_s / unit_s, 0.0)
     finished = active & (progress >= remaining)
-    amount = jnp.where(finished, remaining, progress)
-    busy_s = amount * unit_s
-    credit_s = jnp.where(finished, jnp.minimum(available_s - busy_s, step_s), 0.0)
     by_task = (task[:, None] == jnp.arange(tasks.priority.shape[0])) & active[:, None]
     ended = (by_task & finished[:, None]).sum(axis=0)
+    backlog = jnp.where(tasks.period_s > 0, state.backlog - ended, state.backlog)
+    again = finished & (backlog[task] > 0) & (task == best)
+    amount = jnp.where(finished & ~again, remaining, progress)
+    busy_s = amount * unit_s
+    credit_s = jnp.where(finished & ~again, jnp.minimum(available_s - busy_s, step_s), 0.0)
+    remaining = jnp.where(again, 1.0, 0.0) + remaining - amount
     # Clocks toggle while a unit waits for memory, products only for their share of it.
     computing = jnp.clip(ops_time_s / unit_s, 0.0, 1.0)
     active_s = busy_s * (machine.stall_share + (1.0 - machine.stall_share) * computing)
-    # A task that always has work uses the credit in the next step, so it is not idle.
-    endless = jnp.where(tasks.period_s[task] > 0, 0.0, credit_s)
-    idle_s = jnp.maximum(step_s - busy_s - endless, 0.0) * jnp.isinf(state.off_s)
+    idle_s = jnp.maximum(step_s - busy_s, 0.0) * jnp.isinf(state.off_s)
     sums = _Step(
         sums.switching_j + switching_w * (active_s + idle_s * machine.idle_share),
         sums.dram_j + dram_energy_j((tasks.bytes[task] * amount).sum(), machine.dram_j_byte),
-        sums.busy_s + jnp.minimum(busy_s + endless, step_s),
+        sums.busy_s + busy_s,
         sums.active_s + active_s,
         sums.units + (by_task * amount[:, None]).sum(axis=0),
     )
     state = state._replace(
-        running=jnp.where(finished, -1, running),
-        remaining=jnp.where(finished, 0.0, remaining - progress),
+        running=jnp.where(finished & ~again, -1, running),
+        remaining=remaining,
         credit_s=credit_s,
-        backlog=jnp.where(tasks.period_s > 0, state.backlog - ended, state.backlog),
+        backlog=backlog,
         done=state.done + ended,
     )
     return (state, sums), None
@@ -271,10 +274,12 @@ def tick(
     skin_w, skin_integral = governors.power_budget_w(
         policy.skin, skin_c, state.integral_w[1], seconds
     )
-    activity = jnp.maximum(sums.active_s / seconds, LEAST_ACTIVITY)
-    table_w = machine.switching_w * activity[:, None]
+    # An idle engine requests nothing, but its table has power, or any point would fit its grant.
+    activity = jnp.minimum(sums.active_s / seconds, 1.0)
+    table_w = machine.switching_w * jnp.maximum(activity, LEAST_ACTIVITY)[:, None]
     wanted_point = _lowest_at_or_above(machine.speed, wanted)
-    requested = jnp.take_along_axis(table_w, wanted_point[:, None], axis=1)[:, 0]
+    at_wanted = jnp.take_along_axis(machine.switching_w, wanted_point[:, None], axis=1)[:, 0]
+    requested = activity * at_wanted
     granted = governors.split_budget_w(jnp.minimum(die_w, skin_w), requested, table_w[:, -1])
     granted_point = _highest_within(table_w, granted[:, None])
     trip_point = _highest_within(machine.speed, jnp.full((COUNT, 1), trip_speed))
@@ -340,7 +345,7 @@ def run(
 
     # Arrays of numpy cannot be indexed by traced ones.
     machine, policy, tasks = jax.tree.map(jnp.asarray, (machine, policy, tasks))
-    start = initial(machine, tasks)
+    start = initial(machine, policy, tasks)
     return jax.lax.scan(sample, start, None, length=ticks // every)
 
 
