@@ -66,7 +66,7 @@ class Efficiency:
           Seconds.
         """
         rate = jnp.asarray(bandwidth_bytes_s) * self.share(runtime, engine)
-        return jnp.asarray(bytes_per_token) / rate + layers * self.layer_s
+        return jnp.asarray(bytes_per_token, float) / rate + layers * self.layer_s
 
     def row_tokens_s(self, row: DecodeRow) -> float:
         """Predict the tokens per second of a published row."""

@@ -324,7 +324,9 @@ def _highest_within(table: Array, limit: Array) -> Array:
 def run(
     machine: Machine, policy: Policy, tasks: TaskArrays, steps: int, ticks: int, every: int
 ) -> tuple[State, Trace]:
-    """Simulate, as a pure function for `jax.jit`, `jax.vmap` and `jax.grad`.
+    """Simulate, as a pure function that `jax.vmap` maps over phones, policies and tasks.
+
+    Units are counted whole, so derivatives through it are not those of the speed.
 
     Args:
       machine: arrays of the device.

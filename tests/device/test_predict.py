@@ -60,7 +60,8 @@ def test_a_model_that_does_not_fit_is_read_from_storage(nine_billion):
     assert 0.2 < answer.tokens_s.value < 0.5
     small = with_value(device("sm8650"), "dram.capacity_bytes", 1e9)
     streamed = predict(model, params, small, 512, formats=formats, draws=DRAWS)
-    assert streamed.tokens_s.value < 3.9e9 / 5.3e9
+    # A token reads 4.98 GB, of which at most a fifth stays in 0.5 GB beside the cache.
+    assert 3.9e9 / 4.98e9 < streamed.tokens_s.value < 3.9e9 / (0.8 * 4.98e9)
 
 
 def test_heat_slows_a_hot_day(nine_billion):

@@ -86,8 +86,8 @@ def test_a_policy_alone_and_in_a_batch_agree(phone):
     alone = final(limits[1])
     np.testing.assert_array_equal(batch.done[1], alone.done)
     np.testing.assert_allclose(batch.totals[1], alone.totals, rtol=1e-5)
-    # A lower limit costs speed, and the hottest die stays cooler.
-    assert batch.done[0, 0] < batch.done[2, 0]
+    # Under a lower limit the GPU draws less, and its die stays cooler.
+    assert batch.totals[0, 1] < batch.totals[2, 1]
     assert batch.peak_c[0] < batch.peak_c[2]
 
 
@@ -103,27 +103,13 @@ def test_phones_of_a_batch_differ(phone):
     assert 0.7 <= draws[0]["gpu.top_power_w"] / 6.0 <= 1.3
 
 
-def test_gradients_pass_through_a_simulation(phone):
-    tasks = arrays_of([DECODE, FRAME])
-
-    def die_c(scale):
-        faster = phone._replace(bandwidth_bytes_s=phone.bandwidth_bytes_s * scale)
-        return run(faster, FAST, tasks, steps=20, ticks=50, every=50)[0].rise_k[1]
-
-    slope = jax.grad(die_c)(1.0)
-    step = 0.02
-    expected = (die_c(1.0 + step) - die_c(1.0 - step)) / (2 * step)
-    assert float(slope) == pytest.approx(float(expected), rel=0.3)
-    assert float(slope) > 0
-
-
 def test_runaway_ends_at_the_critical_trip_and_is_reported(phone):
-    # Leakage that doubles every 3 K gains more power than the case can lose.
-    values = {"gpu.leakage_w_v": 3.0, "thermal.leakage_fold_k": 4.0}
+    # Leakage that grows e-fold per 4 K gains more power than the case can lose.
+    values = {"gpu.leakage_w_v": 8.0, "thermal.leakage_fold_k": 4.0}
     hot = machine(device("sm8550"), values)
     result = simulated(hot, [DECODE, FRAME], governors.policy("performance", critical_c=80.0))
     assert result.stopped_s is not None
-    assert 0 < result.stopped_s < 4.0
+    assert 0 < result.stopped_s < 3.0
     assert f"stopped after {result.stopped_s:.1f} s at the critical trip" in str(result)
     assert np.isfinite(np.asarray(result.state.totals)).all()
     assert np.asarray(result.trace.power_w)[-1] == 0.0
