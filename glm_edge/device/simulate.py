@@ -177,10 +177,11 @@ def _schedule(
     step_s = machine.step.seconds / steps
     state = _release(tasks, state, (state.tick * steps + index) * step_s, step_s)
     # A unit that began is finished; a free engine takes the ready task of highest priority.
-    ready = (state.backlog > 0) & (tasks.engine == jnp.arange(COUNT)[:, None])
+    is_on = jnp.isinf(state.off_s)
+    ready = (state.backlog > 0) & (tasks.engine == jnp.arange(COUNT)[:, None]) & is_on
     score = jnp.where(ready, tasks.priority, -jnp.inf)
     best, has_task = jnp.argmax(score, axis=1), ready.any(axis=1)
-    goes_on = (state.running >= 0) & (state.remaining > 0) & jnp.isinf(state.off_s)
+    goes_on = (state.running >= 0) & (state.remaining > 0) & is_on
     running = jnp.where(goes_on, state.running, jnp.where(has_task, best, -1))
     remaining = jnp.where(goes_on, state.remaining, jnp.where(has_task, 1.0, 0.0))
     active = running >= 0
@@ -209,7 +210,7 @@ def _schedule(
     # Clocks toggle while a unit waits for memory, products only for their share of it.
     computing = jnp.clip(ops_time_s / unit_s, 0.0, 1.0)
     active_s = busy_s * (machine.stall_share + (1.0 - machine.stall_share) * computing)
-    idle_s = jnp.maximum(step_s - busy_s, 0.0) * jnp.isinf(state.off_s)
+    idle_s = jnp.maximum(step_s - busy_s, 0.0) * is_on
     sums = _Step(
         sums.switching_j + switching_w * (active_s + idle_s * machine.idle_share),
         sums.dram_j + dram_energy_j((tasks.bytes[task] * amount).sum(), machine.dram_j_byte),
