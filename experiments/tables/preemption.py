@@ -19,6 +19,11 @@ from glm_edge.cli.console import launch
 FLAGS = flags.FLAGS
 NAME = "preemption"
 TITLE = "Preemption by priority beside decoding"
+REASONS = {
+    "token boundaries": "a token outlasts the period of a frame, whatever its priority",
+    "layer boundaries": "a layer is short enough to wait for",
+    "decoding on the npu": "the frame shares memory only",
+}
 
 
 def define_flags() -> None:
@@ -44,7 +49,7 @@ def rows_of() -> list[Row]:
                 0.0,
                 100 * late,
                 REPRODUCED if late == 0 else CONTRADICTORY,
-                "priority is enough" if late == 0 else "a token outlasts the period of a frame",
+                REASONS[name],
             )
         )
         rows.append(

@@ -20,7 +20,11 @@ from glm_edge.cli.console import launch
 FLAGS = flags.FLAGS
 NAME = "thermal_rotation"
 TITLE = "Rotation of work over cores at 85 and 70 C"
+# Temperature in C and performance in percent.
 CLAIMED = {"static": (89.2, 68.0), "rotation": (76.5, 84.0)}
+QUANTITIES, UNITS = ("hottest core", "performance"), ("C", "%")
+# In K and in points.
+TOLERANCE = 3.0
 
 
 def define_flags() -> None:
@@ -40,24 +44,25 @@ def rows_of() -> list[Row]:
         name: scenarios.rotation(scenarios.ROTATION, rotate)
         for name, rotate in (("static", False), ("rotation", True))
     }
-    tick_s = scenarios.CORE_TICK_S
-    for seconds in (scenarios.ROTATION_WINDOW_S, 1800.0):
-        index = round(seconds / tick_s) - 1
-        fits = seconds < 1800.0
-        for name, (celsius, percent) in CLAIMED.items():
-            verdict = IN_A_WINDOW if fits else CONTRADICTORY
-            reason = (
-                f"mean of the first {seconds:.0f} s, with parameters fitted to these values"
-                if fits
-                else "mean of 30 min: a mean above the trip would be slow all the time"
-            )
-            result = results[name]
-            label = f"{name}, {seconds:.0f} s"
-            rows.append(
-                Row(f"{label}, hottest core", "C", celsius, result.mean_c[index], verdict, reason)
-            )
-            speed = 100 * result.performance[index]
-            rows.append(Row(f"{label}, performance", "%", percent, speed, verdict, reason))
+    for seconds, fitting in ((scenarios.ROTATION_WINDOW_S, IN_A_WINDOW), (1800.0, CONTRADICTORY)):
+        index = round(seconds / scenarios.CORE_TICK_S) - 1
+        for name, claims in CLAIMED.items():
+            means = results[name]
+            values = (means.mean_c[index], means.performance[index] * 100)
+            for quantity, unit, claim, value in zip(QUANTITIES, UNITS, claims, values, strict=True):
+                near = abs(value - claim) <= TOLERANCE
+                rows.append(
+                    Row(
+                        f"{name}, first {seconds:.0f} s, {quantity}",
+                        unit,
+                        claim,
+                        float(value),
+                        fitting if near else CONTRADICTORY,
+                        "parameters and window fitted to the claims"
+                        if near
+                        else "cores above 85 C run at 60 %, so a mean near it leaves no 68 %",
+                    )
+                )
     return rows
 
 
