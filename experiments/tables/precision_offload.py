@@ -109,7 +109,7 @@ def offloading() -> list[Row]:
             None,
             100 * (1 - storage / memory),
             SUPPLEMENT,
-            "below it, flash is slower than memory by more than the resident layers save",
+            "with less, reading from flash takes longer than reading from memory",
         )
     ]
     for gigabytes in (2.0, 3.0, 4.0, 4.8, 5.3):

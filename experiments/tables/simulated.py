@@ -77,9 +77,7 @@ def define_flags(name: str) -> None:
     Args:
       name: name of the table; its default output directory is `out/tables/<name>`.
     """
-    flags.DEFINE_string(
-        "out_dir", f"out/tables/{name}", "Directory for CSV, Markdown, JSON."
-    )
+    flags.DEFINE_string("out_dir", f"out/tables/{name}", "Directory for CSV, Markdown, JSON.")
     flags.DEFINE_integer("seed", 0, "Seed of the varied assumptions.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing table in --out_dir.")
 
