@@ -15,6 +15,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from glm_edge.device.specs import Device
+from glm_edge.device.thermal import Numbers
+from glm_edge.errors import DataError
 
 PERFORMANCE, POWERSAVE, SCHEDUTIL, FIXED = range(4)
 GOVERNORS = {
@@ -46,13 +48,13 @@ class Policy(NamedTuple):
       skin: allocator on the case.
     """
 
-    governor: ArrayLike
-    fixed_speed: ArrayLike
-    headroom: ArrayLike
-    hot_c: ArrayLike
-    cool_c: ArrayLike
-    low_speed: ArrayLike
-    critical_c: ArrayLike
+    governor: Numbers
+    fixed_speed: Numbers
+    headroom: Numbers
+    hot_c: Numbers
+    cool_c: Numbers
+    low_speed: Numbers
+    critical_c: Numbers
     die: "Allocator"
     skin: "Allocator"
 
@@ -69,12 +71,12 @@ class Allocator(NamedTuple):
       floor_w: power that is always granted.
     """
 
-    control_c: ArrayLike
-    sustainable_w: ArrayLike
-    over_w_k: ArrayLike
-    under_w_k: ArrayLike
-    integral_w_ks: ArrayLike
-    floor_w: ArrayLike
+    control_c: Numbers
+    sustainable_w: Numbers
+    over_w_k: Numbers
+    under_w_k: Numbers
+    integral_w_ks: Numbers
+    floor_w: Numbers
 
 
 def allocator(
@@ -148,11 +150,20 @@ def policy(
       The policy.
 
     Raises:
-      KeyError: the governor is unknown.
+      DataError: the governor is unknown.
     """
-    values = (GOVERNORS[governor], fixed_speed, headroom, hot_c, cool_c, low_speed, critical_c)
+    if governor not in GOVERNORS:
+        raise DataError(f"policy: governor {governor!r:.60} is not one of {', '.join(GOVERNORS)}")
     return Policy(
-        *(np.asarray(value, float) for value in values), die or allocator(), skin or allocator()
+        governor=np.asarray(GOVERNORS[governor], float),
+        fixed_speed=np.asarray(fixed_speed, float),
+        headroom=np.asarray(headroom, float),
+        hot_c=np.asarray(hot_c, float),
+        cool_c=np.asarray(cool_c, float),
+        low_speed=np.asarray(low_speed, float),
+        critical_c=np.asarray(critical_c, float),
+        die=die or allocator(),
+        skin=skin or allocator(),
     )
 
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
 
 from glm_edge.device import thermal
 from glm_edge.device.specs import ENGINES, UNITS, Device
+from glm_edge.device.thermal import Numbers
 from glm_edge.errors import DataError
 
 TICK_S = 0.02
@@ -44,21 +44,21 @@ class Machine(NamedTuple):
       ambient_c: temperature of the air [].
     """
 
-    speed: ArrayLike
-    voltage_v: ArrayLike
-    switching_w: ArrayLike
-    ops_s: ArrayLike
-    bandwidth_bytes_s: ArrayLike
-    shared_bytes_s: ArrayLike
-    dram_j_byte: ArrayLike
-    base_w: ArrayLike
-    stall_share: ArrayLike
-    idle_share: ArrayLike
-    leakage_w_v: ArrayLike
-    leakage_fold_k: ArrayLike
+    speed: Numbers
+    voltage_v: Numbers
+    switching_w: Numbers
+    ops_s: Numbers
+    bandwidth_bytes_s: Numbers
+    shared_bytes_s: Numbers
+    dram_j_byte: Numbers
+    base_w: Numbers
+    stall_share: Numbers
+    idle_share: Numbers
+    leakage_w_v: Numbers
+    leakage_fold_k: Numbers
     step: thermal.Step
-    capacity_j_k: ArrayLike
-    ambient_c: ArrayLike
+    capacity_j_k: Numbers
+    ambient_c: Numbers
 
 
 def thermal_network(values: Mapping[str, float]) -> thermal.Network:

@@ -17,7 +17,7 @@ from glm_edge.configs import GLMConfig
 from glm_edge.device import governors, loader, roofline, workload
 from glm_edge.device.machine import AMBIENT_C, Machine, machine, stacked, variations
 from glm_edge.device.schedule import TaskArrays
-from glm_edge.device.simulate import BASE, THROTTLED, Trace, run
+from glm_edge.device.simulate import BASE, THROTTLED, run
 from glm_edge.device.specs import ENGINES, Device, decode_rows
 from glm_edge.device.specs import device as read_device
 from glm_edge.errors import ConfigError, DataError, require
@@ -259,9 +259,9 @@ def predict(
     state, trace = jax.vmap(lambda m, p, t: run(m, p, t, steps=1, ticks=ticks, every=every))(
         stacked(machines), jax.tree.map(lambda *x: np.stack(x), *policies), tasks
     )
-    trace = Trace(*(np.asarray(samples, float) for samples in trace))
     totals = np.asarray(state.totals, float)
-    speeds = trace.units_s[:, :, 0] * chunk
+    speeds = np.asarray(trace.units_s, float)[:, :, 0] * chunk
+    skin_c = np.asarray(trace.skin_c, float)
     energy_j = totals[:, : BASE + 1].sum(axis=1)
     tokens = speeds.mean(axis=1) * LATER_S
     later = speeds[:, -6:].mean(axis=1)
@@ -279,10 +279,10 @@ def predict(
             100 * energy_j / LATER_S * HOUR_S / _column(values, "battery.energy_j")
         ),
         peak_bytes=_memory_interval(peaks),
-        skin_c=Interval.of(trace.skin_c[:, -1]),
+        skin_c=Interval.of(skin_c[:, -1]),
         limit=limit,
         later_limit=_later_limit(
-            limit, later[0] * token_s[0], np.isfinite(state.off_s[0]), bool(state.hot[0] > 0)
+            limit, later[0] * token_s[0], bool(np.isfinite(state.off_s[0])), bool(state.hot[0] > 0)
         ),
         basis=(
             f"intervals: {draws} phones with assumed numbers varied by 30 %, and the fit's errors "
@@ -300,7 +300,7 @@ def predict(
         draws=draws,
         trace_s=SAMPLE_S * (np.arange(speeds.shape[1]) + 0.5),
         trace_tokens_s=speeds,
-        trace_skin_c=trace.skin_c,
+        trace_skin_c=skin_c,
     )
 
 

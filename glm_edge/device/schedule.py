@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jax.typing import ArrayLike
 
 from glm_edge.device.machine import Machine
 from glm_edge.device.specs import ENGINES
+from glm_edge.device.thermal import Numbers
 from glm_edge.device.workload import Work
 from glm_edge.errors import DataError
 
@@ -74,15 +74,15 @@ class Task:
 class TaskArrays(NamedTuple):
     """Tasks as arrays [M], with the fields of `Task`."""
 
-    engine: ArrayLike
-    ops: ArrayLike
-    bytes: ArrayLike
-    fixed_s: ArrayLike
-    priority: ArrayLike
-    period_s: ArrayLike
-    units: ArrayLike
-    start_s: ArrayLike
-    stop_s: ArrayLike
+    engine: Numbers
+    ops: Numbers
+    bytes: Numbers
+    fixed_s: Numbers
+    priority: Numbers
+    period_s: Numbers
+    units: Numbers
+    start_s: Numbers
+    stop_s: Numbers
 
 
 def arrays_of(tasks: Sequence[Task]) -> TaskArrays:

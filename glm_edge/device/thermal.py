@@ -5,14 +5,16 @@ diagonal includes the way to the air. Letters: `N` nodes.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from glm_edge.errors import DataError
+
+Numbers = Any
+"""Arrays of numpy, and of jax inside a compiled program."""
 
 
 class Network(NamedTuple):
@@ -41,11 +43,11 @@ class Step(NamedTuple):
       seconds: length of the step [].
     """
 
-    rise_by_rise: ArrayLike
-    rise_by_power: ArrayLike
-    lost_by_rise: ArrayLike
-    lost_by_power: ArrayLike
-    seconds: ArrayLike
+    rise_by_rise: Numbers
+    rise_by_power: Numbers
+    lost_by_rise: Numbers
+    lost_by_power: Numbers
+    seconds: Numbers
 
 
 def network(

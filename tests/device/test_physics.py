@@ -104,3 +104,8 @@ def test_a_budget_goes_to_those_that_can_use_it():
     np.testing.assert_allclose(granted, [2.0, 1.75, 0.25], rtol=1e-6)
     np.testing.assert_allclose(split(jnp.inf, requested, highest), highest)
     assert split(jnp.float32(20.0), requested, highest).sum() == pytest.approx(7.0)
+
+
+def test_an_unknown_governor_is_refused():
+    with pytest.raises(DataError, match="governor 'ondemand' is not one of performance, powersave"):
+        governors.policy("ondemand")
