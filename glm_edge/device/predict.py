@@ -27,6 +27,7 @@ from glm_edge.tables import text_table
 
 TICK_S, SAMPLE_S = 0.25, 5.0
 LATER_S = 600.0
+DEFAULT_CONTEXT = 1024
 HOUR_S = 3600.0
 LOW, HIGH = 0.05, 0.95
 # Activations are estimated, not measured.
@@ -166,7 +167,7 @@ def predict(
     model: nn.Module,
     params: Params,
     device: str | Path | Device = "sm8650",
-    context: int = 1024,
+    context: int | None = None,
     engine: str = "cpu",
     runtime: str | None = "LiteRT-LM",
     images: int = 0,
@@ -185,7 +186,7 @@ def predict(
         `workload.abstract_params`.
       device: name of a device of the package, path of a device file, or a device.
       context: tokens of the prompt, those of images and clips included; also the tokens that a
-        decoded token attends to.
+        decoded token attends to. None means 1024, or the model's limit if that is less.
       engine: `cpu`, `gpu` or `npu`.
       runtime: program whose published speeds are used; None for the mean of all.
       images: images that the prompt contains.
@@ -206,7 +207,7 @@ def predict(
 
     Example:
       >>> model, params = ge.load(ge.shipped("nano"))
-      >>> print(ge.device.predict(model, params, device="sm8650", context=1024))
+      >>> print(ge.device.predict(model, params, device="sm8650", context=512))
     """
     config = getattr(model, "config", None)
     if not isinstance(config, GLMConfig):
@@ -216,6 +217,8 @@ def predict(
     if draws < 8:
         raise DataError(f"predict: draws={draws} is too few for an interval; use at least 8")
     phone = device if isinstance(device, Device) else read_device(device)
+    if context is None:
+        context = min(DEFAULT_CONTEXT, config.decoder.max_position_embeddings)
     sizes = workload.bytes_by_path(params, formats)
     token = workload.total(workload.decode_ops(config, sizes, context, cache_dtype))
     prompt = workload.prefill_ops(config, sizes, context, cache_dtype)

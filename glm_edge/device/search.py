@@ -30,7 +30,7 @@ def dominates(objectives: np.ndarray) -> np.ndarray:
       bool [n, n]: the row is nowhere worse and somewhere better than the column.
     """
     first, second = objectives[:, None], objectives[None]
-    return (first <= second).all(axis=2) & (first < second).any(axis=2)
+    return np.logical_and((first <= second).all(axis=2), (first < second).any(axis=2))
 
 
 def pareto_front(objectives: np.ndarray) -> np.ndarray:

@@ -86,6 +86,7 @@ def test_the_facade_has_it_and_draws_a_figure(tmp_path, nine_billion):
     answer.figure(path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert answer.trace_tokens_s.shape == (DRAWS + 1, 120)
+    assert predict(model, params, formats=formats, draws=DRAWS).context == 1024
     repeated = ge.device.predict(model, params, context=512, formats=formats, draws=DRAWS)
     np.testing.assert_array_equal(answer.trace_skin_c, repeated.trace_skin_c)
 
