@@ -37,9 +37,10 @@ from glm_edge.cli.corpora import check_absent, write_text
 from glm_edge.device import governors, loader, power, roofline
 from glm_edge.device.machine import machine, thermal_network
 from glm_edge.device.schedule import Task, arrays_of
-from glm_edge.device.simulate import BASE, LOST, run, simulate
+from glm_edge.device.simulate import simulate
 from glm_edge.device.specs import DecodeRow, decode_rows, device, opp_tables
 from glm_edge.device.thermal import steady_rise_k
+from glm_edge.device.ticks import BASE, LOST, run
 
 FLAGS = flags.FLAGS
 BOOTSTRAPS = 2000

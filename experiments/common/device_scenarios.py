@@ -15,8 +15,9 @@ import numpy as np
 from glm_edge.device import governors, thermal
 from glm_edge.device.machine import machine
 from glm_edge.device.schedule import Task, arrays_of
-from glm_edge.device.simulate import Result, run, simulate
+from glm_edge.device.simulate import Result, simulate
 from glm_edge.device.specs import device
+from glm_edge.device.ticks import run
 
 # iPhone 17 Pro decoding Gemma 4 E2B (dev.to/john-rocky): seconds to -10 %, seconds to -25 %, and
 # the share of the first speed after ten minutes.

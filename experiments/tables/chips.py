@@ -21,6 +21,8 @@ NAME = "chips"
 TITLE = "TOPS of chips against what a decoder uses"
 TOPS = {"A17": 17.0, "8 Gen 3": 45.0, "Dimensity 9200": 36.0}
 WATTS = {"A17": 6.5, "8 Gen 3": 8.0, "Dimensity 9200": 7.8}
+# Published operations per second, and watts by IPMI.
+SERVER = {"cpu": (18420.0, 125.6), "i/o": (9150.0, 89.3)}
 # Two operations per weight of half a byte.
 OPS_PER_BYTE = 4.0
 
@@ -53,6 +55,17 @@ def rows_of() -> list[Row]:
             "published rate over published power; no public table of NPU power to simulate it",
         )
         for chip, tops in TOPS.items()
+    ]
+    rows += [
+        Row(
+            f"server, {name}, operations per joule",
+            "1/J",
+            None,
+            rate / watts,
+            CONSISTENT,
+            f"{rate:,.0f} operations per second at {watts:g} W; arithmetic, no phone",
+        )
+        for name, (rate, watts) in SERVER.items()
     ]
     return [
         *rows,

@@ -19,8 +19,8 @@ from glm_edge.cli.console import launch
 from glm_edge.device import governors
 from glm_edge.device.machine import machine, stacked, variations
 from glm_edge.device.schedule import Task, arrays_of
-from glm_edge.device.simulate import run
 from glm_edge.device.specs import device, opp_tables
+from glm_edge.device.ticks import run
 
 FLAGS = flags.FLAGS
 NAME = "dvfs"

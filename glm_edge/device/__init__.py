@@ -17,8 +17,9 @@ from glm_edge.device import (
 from glm_edge.device.machine import Machine, machine, stacked, variations
 from glm_edge.device.predict import Interval, Prediction, predict
 from glm_edge.device.schedule import Task
-from glm_edge.device.simulate import Result, run, simulate
+from glm_edge.device.simulate import Result, simulate
 from glm_edge.device.specs import Device, decode_rows, device, names, opp_tables
+from glm_edge.device.ticks import run
 
 __all__ = [
     "Device",

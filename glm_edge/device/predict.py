@@ -17,9 +17,9 @@ from glm_edge.configs import GLMConfig
 from glm_edge.device import governors, loader, roofline, workload
 from glm_edge.device.machine import AMBIENT_C, Machine, machine, stacked, variations
 from glm_edge.device.schedule import TaskArrays
-from glm_edge.device.simulate import BASE, THROTTLED, run
 from glm_edge.device.specs import ENGINES, Device, decode_rows
 from glm_edge.device.specs import device as read_device
+from glm_edge.device.ticks import BASE, THROTTLED, run
 from glm_edge.errors import ConfigError, DataError, require
 from glm_edge.params import Format
 from glm_edge.params.tree import Params
@@ -240,7 +240,9 @@ def predict(
     bandwidth /= slower
     layer_s = efficiency.layer_s * slower
     usable = _column(values, "dram.capacity_bytes") * _column(values, "dram.usable_share")
-    memory_s = _memory_seconds(token, peaks, usable, values, bandwidth)
+    # Encoders and the table of embeddings may leave memory after the prompt.
+    room = usable - peaks["cache"] - peaks["activations"]
+    memory_s = _memory_seconds(token, room, values, bandwidth)
     # Products of one token overlap with reading; a fixed time follows each layer.
     products_s = token.ops / prompt_ops_s
     token_s = np.maximum(memory_s, products_s) + token.layers * layer_s
@@ -268,7 +270,9 @@ def predict(
     energy_j = totals[:, : BASE + 1].sum(axis=1)
     tokens = speeds.mean(axis=1) * LATER_S
     later = speeds[:, -6:].mean(axis=1)
-    limit = _limit(memory_s[0], products_s[0], token.layers * layer_s[0], peaks, usable[0])
+    limit = "storage"
+    if token.weight_bytes <= room[0]:
+        limit = _limit(memory_s[0], products_s[0], token.layers * layer_s[0])
     return Prediction(
         device=phone,
         engine=engine,
@@ -322,13 +326,11 @@ def _replaced(phone: Device, values: Mapping[str, float]) -> Device:
 
 def _memory_seconds(
     token: workload.Work,
-    peaks: Mapping[str, int],
-    usable: np.ndarray,
+    room: np.ndarray,
     values: list[dict[str, float]],
     bandwidth: np.ndarray,
 ) -> np.ndarray:
     """Compute the seconds of reading one token's weights and cache, from storage if need be."""
-    room = usable - peaks["cache"] - peaks["activations"]
     storage = _column(values, "storage.sequential_bytes_s")
     weights_s = [
         loader.loaded_token_s(token.weight_bytes, *limits, max(token.layers, 1))
@@ -378,11 +380,7 @@ def _memory_interval(peaks: Mapping[str, int]) -> Interval:
     )
 
 
-def _limit(
-    memory_s: float, products_s: float, fixed_s: float, peaks: Mapping[str, int], usable: float
-) -> str:
-    if sum(peaks.values()) > usable:
-        return "storage"
+def _limit(memory_s: float, products_s: float, fixed_s: float) -> str:
     seconds = {"bandwidth": memory_s, "products": products_s, "fixed time per layer": fixed_s}
     return max(seconds, key=lambda name: seconds[name])
 

@@ -17,8 +17,9 @@ from glm_edge.device.schedule import (
     placement_score,
 )
 from glm_edge.device.sensors import Sensor, downrate, fit_sensor
-from glm_edge.device.simulate import BASE, LOST, run, simulate
+from glm_edge.device.simulate import simulate
 from glm_edge.device.specs import device
+from glm_edge.device.ticks import BASE, LOST, run
 from glm_edge.device.workload import Work
 from glm_edge.errors import DataError
 
