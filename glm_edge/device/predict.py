@@ -302,6 +302,8 @@ def predict(
                 else f"no row of {runtime} on the {engine}: the mean share of all"
             ),
             f"prompt: {rate.ops_s / 1e12:.2f}e12 operations per second, {rate.basis}",
+            f"{int((token.weight_bytes > room[1:]).sum())} of the {draws} phones read weights from "
+            "storage",
             f"throttled {100 * totals[0, THROTTLED] / LATER_S:.0f} % of the ten minutes",
         ),
         draws=draws,

@@ -50,6 +50,7 @@ def test_a_model_that_fits_is_read_from_memory(nine_billion):
     assert "simulated, not measured" in text
     assert "5 %" in text
     assert "29 published rows" in text
+    assert f"0 of the {DRAWS} phones read weights from storage" in text
 
 
 def test_a_model_that_does_not_fit_is_read_from_storage(nine_billion):
@@ -61,6 +62,7 @@ def test_a_model_that_does_not_fit_is_read_from_storage(nine_billion):
     small = with_value(device("sm8650"), "dram.capacity_bytes", 1e9)
     streamed = predict(model, params, small, 512, formats=formats, draws=DRAWS)
     # A token reads 4.98 GB, of which at most a fifth stays in 0.5 GB beside the cache.
+    assert f"{DRAWS} of the {DRAWS} phones read weights from storage" in str(streamed)
     assert 3.9e9 / 4.98e9 < streamed.tokens_s.value < 3.9e9 / (0.8 * 4.98e9)
 
 
