@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from glm_edge import checkpoint as checkpoint
     from glm_edge import compress as compress
     from glm_edge import configs as configs
+    from glm_edge import device as device
     from glm_edge import errors as errors
     from glm_edge import export as export
     from glm_edge import generate as generate
@@ -87,6 +88,7 @@ _MODULES = {
     "compress": "glm_edge.compress",
     "configs": "glm_edge.configs",
     "cost": "glm_edge.compress.cost",
+    "device": "glm_edge.device",
     "errors": "glm_edge.errors",
     "export": "glm_edge.export",
     "generate": "glm_edge.generate",

@@ -30,6 +30,7 @@ GUIDES = {
         "glm_edge/compress/README.md",
         "glm_edge/export/README.md",
         "glm_edge/checkpoint/README.md",
+        "glm_edge/device/README.md",
         "BUILD.md",
     )
 }
