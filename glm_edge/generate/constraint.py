@@ -258,6 +258,11 @@ class Matcher:
         return twin
 
     @property
+    def ended(self) -> bool:
+        """True after a stop token."""
+        return self._ends > 0
+
+    @property
     def finished(self) -> bool:
         """True if the text is complete and nothing but a stop token can follow."""
         return not (self.allowed() & ~self._stops).any()
@@ -281,6 +286,29 @@ def mask_logits(logits: ArrayLike, allowed: ArrayLike) -> Array:
     bits = (words[..., None] >> jnp.arange(32, dtype=words.dtype)) & 1
     bits = bits.reshape(*words.shape[:-1], -1)[..., : logits.shape[-1]]
     return jnp.where(bits != 0, logits, -jnp.inf)
+
+
+def allowed_tokens(words: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Return the tokens that may follow as flags, for runtimes without JAX.
+
+    Args:
+      words: uint32 or int32 [W], as `Matcher.allowed` returns them.
+      vocab_size: number of scores `V` of the model.
+
+    Returns:
+      bool [V].
+
+    Raises:
+      DataError: the words are those of another number of scores.
+    """
+    words = np.ascontiguousarray(words)
+    if words.size != -(-vocab_size // 32):
+        raise DataError(
+            f"the constraint is one of {32 * words.size} tokens at most, the model scores "
+            f"{vocab_size}; make it with Constraints(tokenizer, stop_tokens, {vocab_size})"
+        )
+    flags = np.unpackbits(words.view(np.uint8), bitorder="little", count=vocab_size)
+    return flags.astype(bool)
 
 
 def _vocabulary(library: Any, tokenizer: Tokenizer) -> tuple[Any, int]:

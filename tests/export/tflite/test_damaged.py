@@ -19,7 +19,7 @@ from glm_edge.export.common import parsing
 from glm_edge.export.delegates.compatibility import Compatibility, compatibility
 from glm_edge.export.tflite import file as tflite_file
 from glm_edge.export.tflite.flatbuffer import FlatModel
-from glm_edge.export.verify.runner import LiteRTRunner
+from glm_edge.export.verify.litert_runner import LiteRTRunner
 from glm_edge.export.verify.worker import InterpreterProcess, RemoteArray
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
