@@ -34,6 +34,11 @@ MAX_GRAMMARS = 64
 MAX_STATES = 20_000
 _END = "<|end of constrained text|>"
 _SHOWN = 200
+# llguidance's name for a text that no token continues, and an explanation.
+_NO_TOKEN = "NoExtensionBias"
+_DEAD_END = (
+    "no token can follow; the grammar has a dead end, or needs text that the tokenizer cannot write"
+)
 
 # Per tokenizer: llguidance's tokenizer, and the version of the tokenizer that it was made from.
 _TOKENIZERS: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
@@ -189,7 +194,7 @@ class Matcher:
         if self._machine.is_accepting():
             words |= self._stops
         elif not words.any():
-            raise DataError(f"{self._kind}: no token can follow; the grammar has a dead end")
+            raise _refused(self._kind, _DEAD_END)
         return words
 
     def forced(self) -> list[int]:
@@ -350,5 +355,5 @@ def has_token(words: np.ndarray, token: int) -> bool:
 def _refused(kind: str, message: str) -> DataError:
     """Make an error of llguidance's message without its excerpt of the grammar."""
     message = re.split(r"\n\s*\d+ \| ", message.replace("<non-verbose/>", ""))[0]
-    message = " ".join(message.split())
+    message = _DEAD_END if message.strip() == _NO_TOKEN else " ".join(message.split())
     return DataError(f"{kind}: {message if len(message) <= _SHOWN else message[:_SHOWN] + ' ...'}")

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tokenizers
 
 import glm_edge as ge
 from experiments.common import tap_items
@@ -181,6 +182,30 @@ def test_constraints_that_do_not_fit_are_refused(phone):
     other = Constraints(nano_tokenizer(), [STOP], VOCABULARY + 64)
     with pytest.raises(DataError, match=r"Constraints\(tokenizer, stop_tokens, 2304\)"):
         phone.generate(tokens, matcher=other.start(Grammar.regex("[ab]")))
-    with pytest.raises(DataError, match=r"phone: has no signature 'prefill_3'; it has decode, "):
-        phone.path = "phone"
+
+
+@pytest.mark.parametrize("text", ["Z", "aZ", "[ab]Z"], ids=["first", "forced", "drawn"])
+def test_a_grammar_that_the_tokenizer_cannot_write_is_refused(phone, text):
+    """Wherever the first token without an entry comes."""
+    letters = {letter: index for index, letter in enumerate("_abc")}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    constraints = Constraints(tokenizer, [0], VOCABULARY)
+
+    def answer():
+        matcher = constraints.start(Grammar.regex(text))
+        return phone.generate(np.array([30, 31], np.int32), matcher=matcher)
+
+    with pytest.raises(DataError, match="regex: no token can follow") as caught:
+        answer()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_signature_that_the_file_lacks_is_refused(nano_file, isolated):
+    phone = export.LiteRTRunner(nano_file.path, isolated=isolated)
+    with pytest.raises(
+        DataError, match=r"nano\.tflite: has no signature 'prefill_3'; it has decode, "
+    ):
         phone.run("prefill_3")
+    phone.close()

@@ -47,7 +47,7 @@ def test_a_prefix_changes_no_logits(runner, system, prompt, tmp_path, stored):
     embedded, embed = [], runner.embed
     runner.embed = lambda tokens, *media: embedded.append(len(tokens)) or embed(tokens, *media)
     try:
-        logits, cache = runner.prefill(*prompt, prefix=prefix)
+        logits, _ = runner.prefill(*prompt, prefix=prefix)
     finally:
         del runner.embed
     assert embedded == [len(prompt[0]) - COUNT]
@@ -156,7 +156,7 @@ def test_prefixes_that_do_not_match_are_refused(
         runner.prefill(prompt[0][1:], prompt[1], prefix=prefix)
     with pytest.raises(DataError, match="does not begin with the 21 tokens"):
         runner.prefill(system[:5], prefix=prefix)
-    with pytest.raises(ExportError, match="the prefix of another model than .*mixed"):
+    with pytest.raises(ExportError, match=r"the prefix of another model than .*mixed"):
         export.LiteRTRunner(exported.path).prefill(*prompt, prefix=prefix)
     with pytest.raises(DataError, match="placeholder of an image or a recording"):
         runner.keep_prefix(prompt[0])
