@@ -74,8 +74,8 @@ def show(results: Mapping[str, Any], plans: Mapping[str, Sequence[int]]) -> None
     for form, seconds in results.items():
         pairs = zip(seconds[FORCED], seconds[ONE_BY_ONE], strict=True)
         ratio = statistics.median(forced / single for forced, single in pairs)
-        ways = [str(Quartiles.of(seconds[name])) for name in (ONE_BY_ONE, FORCED)]
-        rows.append([form, *ways, shown(ratio)])
+        columns = [str(Quartiles.of(seconds[name])) for name in (ONE_BY_ONE, FORCED)]
+        rows.append([form, *columns, shown(ratio)])
     counts = " ".join(map(str, plans[FORCED]))
     title = f"an action of {len(plans[ONE_BY_ONE])} tokens, in passes of {counts}"
     print()

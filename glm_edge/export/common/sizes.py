@@ -10,8 +10,8 @@ from glm_edge.errors import ExportError
 
 DECODE = "decode"
 DEFAULT_SLOTS = 1024
-# Token counts of the short prefill signatures of a file. Four tokens cost at most a third more than
-# one, and eight twice as much; each signature adds graph bytes, but no weights.
+# Token counts of the short prefill signatures of a file. Most runs of an action fit the shorter one,
+# whose call takes little longer than that of one token.
 FORCED_LENGTHS = (4, 8)
 
 

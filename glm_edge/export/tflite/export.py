@@ -104,7 +104,8 @@ def tflite(
       forced_lengths: token counts of short prefill signatures that return logits of their last
         token only. The runner feeds a free token and the run that a grammar forces behind it
         through one of them. None takes 4 and 8, as far as they fit the cache; `()` saves their
-        graphs, about 35 kB each for `nano`, and the runner then feeds token by token.
+        graphs, and the runner then feeds token by token. They share the weights on disk, but the
+        runtime packs the weights anew for each signature that runs.
 
     Returns:
       The exported model.

@@ -21,8 +21,8 @@ LENGTH = struct.Struct("<Q")
 MAX_HEADER = 1 << 24
 MAX_ARRAYS = 1 << 36
 MEMORY_HEADROOM_BYTES = 8 << 30
-# MNN converts packed weights to float32 for each signature that reads them.
-FILE_COPIES = {"litert": 4, "onnx": 8, "mnn": 24, "litertlm": 8}
+# LiteRT packs the weights anew for each signature that reads them, and MNN converts them to float32.
+FILE_COPIES = {"litert": 12, "onnx": 8, "mnn": 24, "litertlm": 8}
 CACHE_OUTPUT_SUFFIX = "_out"
 
 

@@ -155,10 +155,12 @@ def test_few_tokens_or_a_lower_threshold_mark_nothing(dense_export, prompt):
 def references(model, dense_params):
     """Makes runners of the functions that `verify` has compiled."""
     compiled = model.clone(compute="int8_dynamic")
-    return lambda kind: kind(compiled, dense_params, (32,), 64)
+    return lambda kind: kind(compiled, dense_params, (32,), 64, forced_lengths=(4,))
 
 
-@pytest.mark.parametrize("wrong", ["prefill_32", "embed_32", "decode", "vision", "speech"])
+@pytest.mark.parametrize(
+    "wrong", ["prefill_32", "embed_32", "prefill_4", "decode", "vision", "speech"]
+)
 def test_a_signature_that_texts_do_not_run_must_agree_too(wrong, dense_export, references):
     class Other(JaxRunner):
         def run(self, signature, **inputs):
@@ -171,7 +173,7 @@ def test_a_signature_that_texts_do_not_run_must_agree_too(wrong, dense_export, r
     expected = {wrong}
     if wrong == "decode":
         # A prompt is judged by the step behind it, too.
-        expected |= {"prefill_32"}
+        expected |= {"prefill_32", "prefill_4"}
     assert {name for name, error in distances.items() if error > 0.25} == expected
 
 
