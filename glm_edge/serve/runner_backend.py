@@ -109,9 +109,9 @@ class RunnerBackend:
 
     def warm_up(self) -> None:
         """Run the signatures once; LiteRT then allocates its memory."""
-        tokens = np.zeros(self.chunk, np.int32)
-        axes = np.zeros((3, self.chunk), np.int32)
-        self.extend(0, 0, tokens, axes, None, tokens > 0, False)
+        for length in self._runner.lengths:
+            tokens, axes = np.zeros(length, np.int32), np.zeros((3, length), np.int32)
+            self.extend(0, 0, tokens, axes, None, tokens > 0, False)
         self._cache = self._runner.empty_cache()
 
 

@@ -165,10 +165,11 @@ class Task:
         """Return True if the constraint allows nothing but stop tokens."""
         if self.matcher is None or self.generated < self.request.min_new_tokens:
             return False
-        bits = np.array(self.matcher.allowed()).view(np.uint32)
+        allowed = np.asarray(self.matcher.allowed()).view(np.uint32)
+        others = allowed.copy()
         for token in self.stop_tokens:
-            bits[token // 32] &= ~np.uint32(1 << (token % 32))
-        return bool(self.stop_tokens) and not bits.any()
+            others[token // 32] &= ~np.uint32(1 << (token % 32))
+        return bool(allowed.any() and not others.any())
 
     def draft(self, most: int) -> list[int]:
         """Propose the next tokens, from the request's draft or from the text.
