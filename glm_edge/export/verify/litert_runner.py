@@ -52,7 +52,8 @@ class LiteRTRunner(SignatureRunner):
             super().__init__(config, **vars(sizes))
         except (*PARSE_ERRORS, GlmEdgeError) as error:
             raise ExportError(f"{path}: damaged: its description: {error}") from error
-        self.path, self.description = path, description
+        self.path: str | Path = path
+        self.description = description
         self._graphs: dict[str, Graph] = {}
         self._worker: InterpreterProcess | None = None
         self._runners: dict[str, Any] = {}

@@ -137,8 +137,8 @@ def _text_tokens(runner: "SignatureRunner", tokens: Any) -> np.ndarray:
     tokens, size = np.array(tokens, np.int32).reshape(-1), runner.config.decoder.vocab_size
     if not tokens.size or tokens.min() < 0 or tokens.max() >= size:
         raise DataError(f"tokens: must contain at least one token, all from 0 to {size - 1}")
-    placeholders = {runner.config.image_token_id, runner.config.audio_token_id} - {None}
-    if media := sorted(placeholders & set(tokens.tolist())):
+    placeholders = {runner.config.image_token_id, runner.config.audio_token_id}
+    if media := [token for token in tokens.tolist() if token in placeholders]:
         raise DataError(
             f"tokens: {media[0]} is a placeholder of an image or a recording; a prefix is text, "
             "the same in every prompt"
