@@ -10,8 +10,8 @@ from glm_edge.errors import ExportError
 
 DECODE = "decode"
 DEFAULT_SLOTS = 1024
-# Token counts of the short prefill signatures of a file. Most runs of an action fit the shorter one,
-# whose call takes little longer than that of one token.
+# Token counts of the short prefill signatures of a file. Most runs of an action fit the shorter
+# one, whose call takes little longer than that of one token.
 FORCED_LENGTHS = (4, 8)
 
 

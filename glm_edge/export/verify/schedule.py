@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from glm_edge.errors import DataError
 
-# A call reads all weights, which takes as long as the arithmetic of about this many tokens with int8
-# weights on a CPU. Other formats and processors differ, but the order of the splits hardly does.
+# A call reads all weights, which takes as long as the arithmetic of about this many tokens, with
+# int8 weights on a CPU. Other formats and processors differ, but the order of splits hardly does.
 CALL_TOKENS = 7
 
 # First slot, last slot plus one, and token count of the signature.

@@ -21,7 +21,7 @@ LENGTH = struct.Struct("<Q")
 MAX_HEADER = 1 << 24
 MAX_ARRAYS = 1 << 36
 MEMORY_HEADROOM_BYTES = 8 << 30
-# LiteRT packs the weights anew for each signature that reads them, and MNN converts them to float32.
+# For each signature that reads the weights, LiteRT packs them anew and MNN makes them float32.
 FILE_COPIES = {"litert": 12, "onnx": 8, "mnn": 24, "litertlm": 8}
 CACHE_OUTPUT_SUFFIX = "_out"
 
