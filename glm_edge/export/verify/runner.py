@@ -182,8 +182,9 @@ class SignatureRunner:
 
         With a `matcher`, the answer is a text of its grammar. The runs that the grammar forces are
         fed together with the free token before them, in one call of a signature of
-        `forced_lengths`; without such signatures, token by token. If only a stop token can follow,
-        nothing runs: the answer then ends with the first stop token of the model that may follow.
+        `forced_lengths`. A file without them decodes token by token, or runs a long run through
+        prefill. If only a stop token can follow, nothing runs: the answer then ends with the first
+        stop token of the model that may follow.
 
         Args:
           tokens: token ids, int [T].
