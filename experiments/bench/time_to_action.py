@@ -2,7 +2,7 @@
 
     python -m experiments.bench.time_to_action --work_dir=DIR --mnn_python=PYTHON --out=FILE.json
 
-Prints three tables, each compared with published claims:
+Prints three tables, each compared with published claims, and one without a claim behind the first:
 
 1. Measured: the file of --shape with random weights in LiteRT, at each of --forms. `Processor`, in
    Python on this machine, resizes and normalises a screenshot of --screen pixels, renders and
@@ -12,6 +12,9 @@ Prints three tables, each compared with published claims:
    one prefill, and then --action_tokens tokens are decoded greedily, including embedding and
    selection. Pixels and tokens are random, since their values do not affect the time. Taking the
    screenshot and executing the action are not included.
+   The table behind it compares an action of --forced_tokens tokens one by one with the same action
+   in passes of --passes tokens, each a free token with the run that the grammar forces before it,
+   after the same prompt and in alternating order (`forced_passes`).
 2. Estimated: the same, without preparation, for --paper_shape on a device of --bandwidth_gbs and
    --tops. A part takes as long as reading its bytes or computing its operations, whichever is
    longer, at --share of the peaks. The sources of the defaults are printed with the table; the
@@ -28,7 +31,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ import numpy as np
 from absl import flags
 
 import glm_edge as ge
+from experiments.bench import forced_passes
 from experiments.bench.export import TOY
 from experiments.bench.runtimes import child as children
 from experiments.bench.runtimes.compare import Quartiles, shown
@@ -47,6 +51,7 @@ from glm_edge.cli.console import launch, print_table, refuse_arguments
 from glm_edge.cli.corpora import check_absent, write_text
 from glm_edge.configs import GLMConfig, VisionConfig, preset
 from glm_edge.errors import DataError
+from glm_edge.export.common.sizes import FORCED_LENGTHS
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 from glm_edge.preprocess import Processor
@@ -78,6 +83,8 @@ def define_flags() -> None:
     flags.DEFINE_list("screen", ["2400", "1080"], "Height and width of the screenshot.")
     flags.DEFINE_integer("text_tokens", 96, "Number of tokens of template and instruction.", 1)
     flags.DEFINE_integer("action_tokens", 40, "Number of tokens of the action.", 1)
+    flags.DEFINE_integer("forced_tokens", 18, "Number of tokens of the action in passes.", 1)
+    flags.DEFINE_list("passes", ["4", "3", "4", "2"], "Tokens of each pass with forced runs.")
     flags.DEFINE_integer("rounds", 9, "Number of measurements of each, alternating.", 1)
     flags.DEFINE_integer("threads", 2, "Number of threads of the runtimes.", 1)
     flags.DEFINE_enum(
@@ -102,11 +109,14 @@ def main(argv: Sequence[str]) -> None:
         shares = [float(share) for share in FLAGS.share]
     except ValueError as error:
         raise DataError(f"--share: {error}; use numbers such as 1.0,0.5") from error
+    plans = forced_passes.plans_of(FLAGS.forced_tokens, FLAGS.passes)
     work = Path(FLAGS.work_dir).resolve()
     work.mkdir(parents=True, exist_ok=True)
     log: dict[str, Any] = {"claims_s": CLAIMS_S}
-    log["measured"] = measured(work)
+    log["measured"] = measured(work, plans)
     show_measured(log["measured"])
+    forms = log["measured"]["forms"]
+    forced_passes.show({form: facts["passes"] for form, facts in forms.items()}, plans)
     tokens = FLAGS.text_tokens, FLAGS.action_tokens
     peaks = FLAGS.device, 1e9 * FLAGS.bandwidth_gbs, 1e12 * FLAGS.tops
     log["paper"] = [
@@ -121,6 +131,7 @@ def main(argv: Sequence[str]) -> None:
     show_runtimes(log["runtimes"])
     if FLAGS.out:
         names = ("shape", "forms", "screen", "text_tokens", "action_tokens", "rounds", "threads")
+        names += ("forced_tokens", "passes")
         names += ("paper_shape", "paper_form", "bandwidth_gbs", "tops", "share", "device")
         placeholders = ["--work_dir=DIR", *peers_of(("mnn",))]
         log |= provenance_of("bench.time_to_action", names, placeholders, seed=0)
@@ -141,16 +152,16 @@ def features_of(vision: VisionConfig) -> tuple[int, int]:
     return patches, patches // vision.merge_size**2 + 2 * vision.boundary_embeddings
 
 
-def measured(work: Path) -> dict[str, Any]:
-    """Run every format in turn; return the seconds of each part by format."""
+def measured(work: Path, plans: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Run every format in turn; return the seconds of each part and of `plans` by format."""
     config = seeing(FLAGS.shape)
     features = features_of(config.vision)[1]
     prompt = features + FLAGS.text_tokens
-    slots = 64 * math.ceil((prompt + FLAGS.action_tokens) / 64)
+    slots = 64 * math.ceil((prompt + max(FLAGS.action_tokens, FLAGS.forced_tokens)) / 64)
     if slots > config.decoder.max_position_embeddings:
         raise DataError(
-            f"--text_tokens, --action_tokens: {slots} tokens exceed the context of "
-            f"{config.decoder.max_position_embeddings} of {FLAGS.shape}"
+            f"--text_tokens, --action_tokens, --forced_tokens: {slots} tokens exceed the context "
+            f"of {config.decoder.max_position_embeddings} of {FLAGS.shape}"
         )
     resident, results = {}, {}
     try:
@@ -164,20 +175,29 @@ def measured(work: Path) -> dict[str, Any]:
                 contexts=(prompt,),
                 lengths=(prompt,),
                 threads=FLAGS.threads,
-                options={"weight_cache": str(work / "packed"), "prefix": FLAGS.text_tokens // 2},
+                options={
+                    "weight_cache": str(work / "packed"),
+                    "prefix": FLAGS.text_tokens // 2,
+                    "forced_lengths": list(FORCED_LENGTHS),
+                },
             )
             written = children.prepare(spec)
             resident[form] = children.EngineProcess(spec)
             loaded = resident[form].load()
             resident[form].action(prompt, FLAGS.action_tokens)
+            # The first calls of the short signatures allocate their memory.
+            forced_passes.measure(resident[form], prompt, plans, 0, {})
             results[form] = {
                 "file_bytes": written["file_bytes"],
                 "load_seconds": loaded["seconds"],
                 "runs": [],
+                "passes": {},
             }
         for turn in range(FLAGS.rounds):
             for form in FLAGS.forms if turn % 2 else FLAGS.forms[::-1]:
                 results[form]["runs"].append(resident[form].action(prompt, FLAGS.action_tokens))
+                passes = results[form]["passes"]
+                forced_passes.measure(resident[form], prompt, plans, turn, passes)
         for form, engine in resident.items():
             results[form]["peak_rss_bytes"] = engine.peak_bytes()
     except ChildError as error:

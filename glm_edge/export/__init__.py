@@ -17,9 +17,9 @@ from glm_edge.export.tflite.export import ExportedModel, tflite
 from glm_edge.export.tflite.file import read_constants
 from glm_edge.export.tflite.function import ExportedFunction, FunctionVerification, function
 from glm_edge.export.verify.graph_directory import GraphDirectoryRunner
+from glm_edge.export.verify.litert_runner import LiteRTRunner
 from glm_edge.export.verify.package import Package
 from glm_edge.export.verify.results import Verification
-from glm_edge.export.verify.runner import LiteRTRunner
 from glm_edge.export.verify.verify import Window, verify
 
 # Earlier names of two of the runners.

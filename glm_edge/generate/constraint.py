@@ -34,6 +34,11 @@ MAX_GRAMMARS = 64
 MAX_STATES = 20_000
 _END = "<|end of constrained text|>"
 _SHOWN = 200
+# llguidance's name for a text that no token continues, and an explanation.
+_NO_TOKEN = "NoExtensionBias"
+_DEAD_END = (
+    "no token can follow; the grammar has a dead end, or needs text that the tokenizer cannot write"
+)
 
 # Per tokenizer: llguidance's tokenizer, and the version of the tokenizer that it was made from.
 _TOKENIZERS: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
@@ -189,7 +194,7 @@ class Matcher:
         if self._machine.is_accepting():
             words |= self._stops
         elif not words.any():
-            raise DataError(f"{self._kind}: no token can follow; the grammar has a dead end")
+            raise _refused(self._kind, _DEAD_END)
         return words
 
     def forced(self) -> list[int]:
@@ -258,6 +263,11 @@ class Matcher:
         return twin
 
     @property
+    def ended(self) -> bool:
+        """True after a stop token."""
+        return self._ends > 0
+
+    @property
     def finished(self) -> bool:
         """True if the text is complete and nothing but a stop token can follow."""
         return not (self.allowed() & ~self._stops).any()
@@ -281,6 +291,29 @@ def mask_logits(logits: ArrayLike, allowed: ArrayLike) -> Array:
     bits = (words[..., None] >> jnp.arange(32, dtype=words.dtype)) & 1
     bits = bits.reshape(*words.shape[:-1], -1)[..., : logits.shape[-1]]
     return jnp.where(bits != 0, logits, -jnp.inf)
+
+
+def allowed_tokens(words: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Return the tokens that may follow as flags, for runtimes without JAX.
+
+    Args:
+      words: uint32 or int32 [W], as `Matcher.allowed` returns them.
+      vocab_size: number of scores `V` of the model.
+
+    Returns:
+      bool [V].
+
+    Raises:
+      DataError: the words are those of another number of scores.
+    """
+    words = np.ascontiguousarray(words)
+    if words.size != -(-vocab_size // 32):
+        raise DataError(
+            f"the constraint is one of {32 * words.size} tokens at most, the model scores "
+            f"{vocab_size}; make it with Constraints(tokenizer, stop_tokens, {vocab_size})"
+        )
+    flags = np.unpackbits(words.view(np.uint8), bitorder="little", count=vocab_size)
+    return flags.astype(bool)
 
 
 def _vocabulary(library: Any, tokenizer: Tokenizer) -> tuple[Any, int]:
@@ -322,5 +355,5 @@ def has_token(words: np.ndarray, token: int) -> bool:
 def _refused(kind: str, message: str) -> DataError:
     """Make an error of llguidance's message without its excerpt of the grammar."""
     message = re.split(r"\n\s*\d+ \| ", message.replace("<non-verbose/>", ""))[0]
-    message = " ".join(message.split())
+    message = _DEAD_END if message.strip() == _NO_TOKEN else " ".join(message.split())
     return DataError(f"{kind}: {message if len(message) <= _SHOWN else message[:_SHOWN] + ' ...'}")

@@ -338,6 +338,9 @@ class Engine:
                 return
         # A grammar may exceed its limits at any point. That must not fail in a step of all slots.
         task.matcher.allowed()
+        if task.must_stop():
+            # Behind the last free token nothing needs to run.
+            self._finish(slot, "stop")
 
     def _extend_pending(self) -> set[int]:
         """Run pending tokens of several requests, together at most one chunk.

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from glm_edge.export.common.interface import CACHE
-from glm_edge.export.verify.runner import LiteRTRunner, SignatureRunner
+from glm_edge.export.verify.litert_runner import LiteRTRunner
+from glm_edge.export.verify.runner import SignatureRunner
 from glm_edge.serve.backend import BLOCK, Media
 
 # Most tokens that a draft may verify at once.
@@ -26,7 +27,7 @@ class RunnerBackend:
     def __init__(self, runner: SignatureRunner):
         self.config = runner.config
         self.num_slots, self.capacity = 1, runner.cache_slots
-        self.chunk = max(runner.prefill_lengths, default=1)
+        self.chunk = runner.lengths[-1]
         self.scored = min(SCORED, self.chunk)
         self.row_counts, self.exits = sorted({1, self.scored}), None
         # A file's signatures share one interpreter.
@@ -64,7 +65,11 @@ class RunnerBackend:
         placed: np.ndarray,
         all_scores: bool,
     ) -> np.ndarray:
-        """Append tokens by the prefill signatures, and the last by `decode` if it must."""
+        """Append tokens by the calls that take the least time; see `SignatureRunner.extend`.
+
+        The engine passes a free token with the run that a grammar forces behind it, which then take
+        one call of a signature of `forced_lengths`.
+        """
         embedded = self._runner.embed(tokens)
         if features is not None:
             embedded = np.where(placed[:, None], features, embedded)
@@ -106,9 +111,9 @@ class RunnerBackend:
 
     def warm_up(self) -> None:
         """Run the signatures once; LiteRT then allocates its memory."""
-        tokens = np.zeros(self.chunk, np.int32)
-        axes = np.zeros((3, self.chunk), np.int32)
-        self.extend(0, 0, tokens, axes, None, tokens > 0, False)
+        for length in self._runner.lengths:
+            tokens, axes = np.zeros(length, np.int32), np.zeros((3, length), np.int32)
+            self.extend(0, 0, tokens, axes, None, tokens > 0, False)
         self._cache = self._runner.empty_cache()
 
 

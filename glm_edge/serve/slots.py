@@ -172,6 +172,16 @@ class Task:
                 bits[token // 32] &= ~np.uint32(1 << (token % 32))
         return bits
 
+    def must_stop(self) -> bool:
+        """Return True if the constraint allows nothing but stop tokens."""
+        if self.matcher is None or self.generated < self.request.min_new_tokens:
+            return False
+        allowed = np.asarray(self.matcher.allowed()).view(np.uint32)
+        others = allowed.copy()
+        for token in self.stop_tokens:
+            others[token // 32] &= ~np.uint32(1 << (token % 32))
+        return bool(allowed.any() and not others.any())
+
     def draft(self, most: int) -> list[int]:
         """Propose the next tokens, from the request's draft or from the text.
 

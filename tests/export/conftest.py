@@ -104,7 +104,8 @@ def params(dense_params):
 @pytest.fixture(scope="session")
 def sizes():
     """Options of the small model's files; files of the same sizes share their conversion."""
-    return {"prefill_lengths": (32,), "cache_slots": 64, "prefill_logits": True}
+    lengths = {"prefill_lengths": (32,), "forced_lengths": (4,)}
+    return {**lengths, "cache_slots": 64, "prefill_logits": True}
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from glm_edge import export
 from glm_edge.configs import preset, to_dict
 from glm_edge.errors import ExportError
 from glm_edge.export.common.directory import DESCRIPTION, check_tree
-from glm_edge.export.common.signatures import described_sizes
+from glm_edge.export.common.sizes import described_sizes
 from glm_edge.export.coreml.reader import open_package
 from glm_edge.export.mnn.reader import read_weights as mnn_weights
 from glm_edge.export.onnx.reader import read_weights as onnx_weights
@@ -126,6 +126,9 @@ def test_packages_hold_files_and_directories(tmp_path):
         ({"prefill_lengths": [16, 8]}, r"prefill_lengths: \[16, 8\] must be ascending"),
         ({"prefill_lengths": [64]}, "prefill_lengths: 64 must be 2 to 32"),
         ({"prefill_lengths": None}, "prefill_lengths: must be a list, not NoneType"),
+        ({"forced_lengths": [4, 2]}, r"forced_lengths: \[4, 2\] must be ascending"),
+        ({"forced_lengths": [64]}, "forced_lengths: 64 must be 2 to 32"),
+        ({"forced_lengths": None}, "forced_lengths: must be a list, not NoneType"),
         ({"prefill_logits": 1}, "prefill_logits: must be true or false, not 1"),
         ({"cache_slots": None}, "cache_slots: must be an integer, not None"),
         ({"cache_slots": 1e9}, "cache_slots: 1000000000.0 is not a fixed length"),
@@ -135,7 +138,7 @@ def test_packages_hold_files_and_directories(tmp_path):
 )
 def test_described_sizes_are_those_of_an_export(fields, message):
     right = {"prefill_lengths": [8], "cache_slots": 32, "prefill_logits": False}
-    right["attended_slots"] = [16]
+    right |= {"attended_slots": [16], "forced_lengths": [4]}
     config = preset("nano")
     assert vars(described_sizes(right, config)) == right
     with pytest.raises(ExportError, match=message):

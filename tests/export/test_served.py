@@ -11,6 +11,7 @@ from glm_edge.serve.runner_backend import RunnerBackend
 
 DRAWN = Sampling(temperature=1.2, top_k=20)
 COUNT = 6
+STOP = 0
 
 
 @pytest.fixture
@@ -69,3 +70,53 @@ def test_an_urgent_request_interrupts_another_on_the_only_slot(engine, model, de
 def test_a_prompt_that_exceeds_the_file_is_refused(engine):
     with pytest.raises(ValueError, match="context of 64"):
         engine.submit(Request(inputs=Inputs([text(64)])))
+
+
+class Triples:
+    """A constraint: a free token, then two that it forces; it ends after three triples."""
+
+    def __init__(self, jumps, tokens=()):
+        """Start; without `jumps`, forced tokens are drawn one by one."""
+        self.jumps, self.tokens = jumps, list(tokens)
+
+    def following(self):
+        count = len(self.tokens)
+        if count == 9:
+            return [STOP]
+        last = self.tokens[count - count % 3] if count % 3 else 0
+        return [200 + (last + count) % 90] if count % 3 else range(20, 120)
+
+    def allowed(self):
+        flags = np.zeros(320, np.uint8)
+        flags[list(self.following())] = 1
+        return np.packbits(flags, bitorder="little").view(np.uint32)
+
+    def forced(self):
+        if not self.jumps or not len(self.tokens) % 3:
+            return []
+        twin = self.copy()
+        while len(twin.tokens) % 3:
+            twin.accept(twin.following()[0])
+        return twin.tokens[len(self.tokens) :]
+
+    def accept(self, token):
+        self.tokens.append(token)
+
+    def copy(self):
+        return Triples(self.jumps, self.tokens)
+
+
+def test_forced_tokens_ride_along_in_short_prefills(engine):
+    answers, steps, runner = [], [], engine.backend._runner
+    run, prompt = runner.run, text(8, 3)
+    for jumps in (False, True):
+        ran = []
+        runner.run = lambda name, ran=ran, **inputs: ran.append(name) or run(name, **inputs)
+        options = {"matcher": Triples(jumps), "stop_tokens": (STOP,), "max_new_tokens": 20}
+        answers.append(answer(engine, Inputs([prompt]), sampling=Sampling(), **options)[0])
+        steps.append([name for name in ran if name in ("decode", "prefill_4")])
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 9
+    # Two calls for the prompt's eight tokens; neither runs anything before the stop token.
+    assert steps[0] == ["prefill_4"] * 2 + ["decode"] * 8
+    assert steps[1] == ["prefill_4"] * 4

@@ -266,6 +266,39 @@ def test_forced_tokens_and_accepted_drafts_save_steps(serve):
     assert end.usage.rejected_draft_tokens == 0
 
 
+class OneToken:
+    """A constraint of one free token, and then the end."""
+
+    def __init__(self, ended=False):
+        """Start before or behind the token."""
+        self.ended = ended
+
+    def allowed(self):
+        bits = np.zeros(2, np.uint32)
+        for token in (STOP,) if self.ended else range(11, 30):
+            bits[token // 32] |= np.uint32(1 << (token % 32))
+        return bits
+
+    def forced(self):
+        return []
+
+    def accept(self, token):
+        self.ended = True
+
+    def copy(self):
+        return OneToken(self.ended)
+
+
+def test_nothing_runs_where_only_a_stop_token_can_follow(serve):
+    backend = FakeBackend()
+    engine = serve(backend)
+    for matcher, count in ((OneToken(), 1), (OneToken(True), 0)):
+        backend.calls.clear()
+        tokens, end = engine.submit(request_of(prompt_of(8, 4), matcher=matcher)).result()
+        assert (len(tokens), end.reason, end.error) == (count, "stop", None)
+        assert len(backend.calls) == count
+
+
 def test_an_interactive_request_interrupts_a_background_one_which_goes_on_later(serve):
     backend = FakeBackend(num_slots=1)
     engine = serve(backend)

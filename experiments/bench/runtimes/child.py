@@ -130,6 +130,10 @@ class EngineProcess(Child):
         """Time an image, a prompt of `tokens` that contains it, and `steps` decoding steps."""
         return self.ask("action", tokens=tokens, steps=steps)["seconds"]
 
+    def passes(self, context: int, counts: Sequence[int]) -> float:
+        """Time passes of several tokens each, behind `context` others."""
+        return self.ask("passes", context=context, counts=list(counts))["seconds"]
+
     def peak_bytes(self) -> int:
         """Return the peak RSS of the process since loading, in bytes."""
         return self.ask("rss")["peak_rss_bytes"]

@@ -5,11 +5,12 @@
 {"do": "decode", "context": C, "steps": N}  -> {"seconds": [of each step]}
 {"do": "prefill", "length": T}     -> {"seconds": until the scores of the last token}
 {"do": "action", "tokens": T, "steps": N}   -> {"seconds"}; see `bench/time_to_action.py`
+{"do": "passes", "context": C, "counts": [of tokens]}  -> {"seconds": of all passes}
 {"do": "rss"}                      -> {"peak_rss_bytes"}
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,13 @@ class Engine:
         """Time an image, a prompt of `tokens` that contains it, and `steps` tokens."""
         raise NotImplementedError
 
+    def passes(self, context: int, counts: Sequence[int]) -> float:
+        """Return the seconds of passes of several tokens each, behind `context` others.
+
+        Each pass ends with the choice of the next token from the logits of its last one.
+        """
+        raise NotImplementedError
+
 
 def step_signature(length: int, slot: int, attended_slots: Iterable[int]) -> tuple[str, int | None]:
     """Return the fastest signature of an exported file for a range of tokens.
@@ -147,6 +155,7 @@ def _functions(engine: Engine) -> dict[str, Callable[..., dict[str, Any]]]:
         "load": load,
         "decode": lambda context, steps: {"seconds": engine.decode(context, steps)},
         "prefill": lambda length: {"seconds": engine.prefill(length)},
+        "passes": lambda context, counts: {"seconds": engine.passes(context, counts)},
         "action": lambda tokens, steps: {"seconds": engine.action(tokens, steps)},
         "rss": lambda: {"peak_rss_bytes": child.peak_bytes()},
     }

@@ -7,11 +7,13 @@ one step for the last token, since prefill does not return logits.
 
 Forms are those of `glm_edge.params.Format`, or float32 and float16. Options: `weight_cache`, a
 folder of packed XNNPACK weights that all signatures share; `attended_slots`, as in
-`ge.export.tflite`; `prefix`, tokens before the image in `action`.
+`ge.export.tflite`; `forced_lengths`, as there, default none; `prefix`, tokens before the image in
+`action`.
 """
 
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,8 @@ class LiteRT(Engine):
         import glm_edge as ge
         from experiments.bench.runtimes import random_model
 
-        attended = task.option("attended_slots", [])
-        exported = random_model.exported(task, ge.export.tflite, attended_slots=attended)
+        options = {name: task.option(name, []) for name in ("attended_slots", "forced_lengths")}
+        exported = random_model.exported(task, ge.export.tflite, **options)
         notes = sorted({conversion.rule for conversion in exported.conversions})
         packed = packed_path(task)
         if packed is not None:
@@ -100,6 +102,22 @@ class LiteRT(Engine):
         parts = [after - before for before, after in itertools.pairwise(marks)]
         return dict(zip(("image", "prefill", "decode"), parts, strict=True))
 
+    def passes(self, context: int, counts: Sequence[int]) -> float:
+        lengths = [1, *sorted(self.task.option("forced_lengths", []))]
+        tokens, vocabulary = self._tokens(sum(counts)), self.task.decoder["vocab_size"]
+
+        def run() -> None:
+            start = 0
+            for count in counts:
+                length = next(length for length in lengths if length >= count)
+                # As the runner pads: the last row of the signature is that of the last token.
+                ids = np.pad(tokens[start : start + count], (0, length - count), mode="edge")
+                outputs = self._run(self._embed(ids), context + start, length, count)
+                np.argmax(outputs["logits"].read(vocabulary, np.float32))
+                start += count
+
+        return timed(run)
+
     def _signature(self, name: str) -> dict[str, Any]:
         return self.model.get_signature_by_index(self.model.get_signature_index(name))
 
@@ -143,10 +161,14 @@ class LiteRT(Engine):
         rows = self._call(name)["embeddings"].read(len(tokens) * width, np.float32)
         return np.array(rows, np.float32).reshape(len(tokens), width)
 
-    def _run(self, rows: np.ndarray, slot: int, length: int) -> dict[str, Any]:
+    def _run(
+        self, rows: np.ndarray, slot: int, length: int, count: int | None = None
+    ) -> dict[str, Any]:
+        """Run a signature on rows, of which the last repeat that of token `count`."""
         name, attended = self.task.step(length, slot)
         inputs = self._buffers(name)[0]
         positions = np.arange(slot, slot + length, dtype=np.int32)
+        positions = np.minimum(positions, slot + (length if count is None else count) - 1)
         visible = np.arange(attended or self.task.slots) <= positions[:, None]
         inputs["embeddings"].write(rows)
         inputs["input_pos"].write(positions)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from glm_edge.configs import GLMConfig
-from glm_edge.export.common.signatures import DECODE, signatures
+from glm_edge.export.common.signatures import signatures
+from glm_edge.export.common.sizes import logit_rows
 from glm_edge.models.multimodal import MultimodalGLM
 
 CACHE = "kv_cache_"
@@ -68,6 +69,7 @@ def expected_tensors(
     cache_slots: int,
     prefill_logits: bool,
     attended_slots: Iterable[int] = (),
+    forced_lengths: Iterable[int] = (),
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """List the inputs and outputs of an exported model's signatures; see `signatures`.
 
@@ -77,24 +79,30 @@ def expected_tensors(
       cache_slots: number of cache slots.
       prefill_logits: whether prefill returns logits of every token.
       attended_slots: slot counts of the signatures that attend to fewer slots.
+      forced_lengths: token counts of the signatures with logits of their last token.
 
     Returns:
       Name of a signature to `(inputs, outputs)`, by name.
     """
-    tensors, model = {}, MultimodalGLM(config)
-    entries = signatures(model, prefill_lengths, cache_slots, prefill_logits, attended_slots)
-    for signature in entries:
+    tensors, lengths, forced = {}, list(prefill_lengths), list(forced_lengths)
+    model = MultimodalGLM(config)
+    for signature in signatures(
+        model, lengths, cache_slots, prefill_logits, attended_slots, forced
+    ):
         inputs = {
             name: Tensor("", struct.dtype.name, tuple(struct.shape))
             for name, struct in signature.inputs.items()
         }
-        scored = prefill_logits or signature.name.startswith(DECODE)
-        tensors[signature.name] = inputs, _outputs(signature.name, inputs, config, scored)
+        rows = 0
+        if "input_pos" in inputs:
+            (length,) = inputs["input_pos"].shape
+            rows = logit_rows(length, lengths, prefill_logits, forced)
+        tensors[signature.name] = inputs, _outputs(signature.name, inputs, config, rows)
     return tensors
 
 
 def _outputs(
-    name: str, inputs: dict[str, Tensor], config: GLMConfig, scored: bool
+    name: str, inputs: dict[str, Tensor], config: GLMConfig, rows: int
 ) -> dict[str, Tensor]:
     width = config.decoder.hidden_size
     if name == "vision":
@@ -104,8 +112,6 @@ def _outputs(
     if "tokens" in inputs:
         return {"embeddings": Tensor("", "float32", (*inputs["tokens"].shape, width))}
     outputs = {name: tensor for name, tensor in inputs.items() if name.startswith(CACHE)}
-    if scored:
-        length = inputs["input_pos"].shape[0]
-        shape = (1, length, config.decoder.vocab_size)
-        outputs["logits"] = Tensor("", "float32", shape)
+    if rows:
+        outputs["logits"] = Tensor("", "float32", (1, rows, config.decoder.vocab_size))
     return outputs

@@ -1,4 +1,4 @@
-"""Signatures of an exported model, their sizes, and the description of a file.
+"""Signatures of an exported model, and the description of a file.
 
 Shapes: `T` tokens, `S` cache slots, `D` hidden size, `K` key/value heads, `H` head dimension, `M`
 features of one image or recording, `V` vocabulary size.
@@ -7,7 +7,6 @@ features of one image or recording, `V` vocabulary size.
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import jax
@@ -19,14 +18,21 @@ from glm_edge import params as boxes
 from glm_edge.checkpoint.shapes import expected_shapes
 from glm_edge.configs import GLMConfig, to_dict
 from glm_edge.errors import ExportError
+from glm_edge.export.common.sizes import (
+    all_lengths,
+    attended_by,
+    check_attended,
+    check_forced,
+    check_lengths,
+    logit_rows,
+    step_name,
+)
 from glm_edge.export.common.weights import Conversion
 from glm_edge.models.glm import KEY_BY_HEAD, VALUE_BY_HEAD
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
 
 Inputs = dict[str, Array]
-DECODE = "decode"
-DEFAULT_SLOTS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +58,7 @@ def signatures(
     cache_slots: int,
     prefill_logits: bool = False,
     attended_slots: Iterable[int] = (),
+    forced_lengths: Iterable[int] = (),
 ) -> list[Signature]:
     """List the functions that an exported model offers.
 
@@ -65,18 +72,27 @@ def signatures(
     `prefill_<T>_<A>` attend to the first `A` slots only, which must contain all tokens: their
     `mask` is [1, 1, T, A].
 
+    `prefill_<T>` of `forced_lengths` returns `logits` [1, 1, V] of its last row. The caller feeds
+    fewer tokens by repeating the last one, with its position and mask: equal rows give equal
+    logits, and a later call overwrites the rows of the cache behind it.
+
     Args:
       model: the model; its `compute` selects the arithmetic of matrix products.
       prefill_lengths: token counts `T` of the prefill signatures.
       cache_slots: number `S` of cache slots.
       prefill_logits: whether prefill also returns `logits` [1, T, V].
-      attended_slots: slot counts `A`; prefill uses the smallest that fits `T` tokens.
+      attended_slots: slot counts `A`; prefill uses the smallest that fits `T` tokens, unless `T` is
+        one of `forced_lengths`.
+      forced_lengths: token counts `T` of further prefill signatures, for a free token and the run
+        that a grammar forces behind it.
 
     Returns:
       The signatures.
     """
-    sizes = tuple(prefill_lengths), cache_slots, prefill_logits, tuple(attended_slots)
-    return list(_signatures(model, *sizes))
+    lengths, slots = tuple(prefill_lengths), tuple(attended_slots)
+    return list(
+        _signatures(model, lengths, cache_slots, prefill_logits, slots, tuple(forced_lengths))
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -86,15 +102,16 @@ def _signatures(
     cache_slots: int,
     prefill_logits: bool,
     attended_slots: tuple[int, ...],
+    forced_lengths: tuple[int, ...],
 ) -> list[Signature]:
     """Make the same objects for the same arguments, so that traces and conversions are kept."""
     config = model.config
     entries = []
-    for length in (1, *prefill_lengths):
+    for length in all_lengths(prefill_lengths, forced_lengths):
         entries.append(_embed(model, "embed" if length == 1 else f"embed_{length}", length))
-        for attended in (None, *attended_by(length, attended_slots)):
-            logits = prefill_logits or length == 1
-            entries.append(_step(model, length, cache_slots, attended, logits))
+        rows = logit_rows(length, prefill_lengths, prefill_logits, forced_lengths)
+        for attended in (None, *attended_by(length, attended_slots, forced_lengths)):
+            entries.append(_step(model, length, cache_slots, attended, rows))
     if config.vision is not None:
         image = (1, *config.vision.image_size, config.vision.channels)
         entries.append(_encoder(model, "vision", "images", image, MultimodalGLM.encode_images))
@@ -102,34 +119,6 @@ def _signatures(
         mel = (1, config.speech.num_frames, config.speech.mel_bins)
         entries.append(_encoder(model, "speech", "audio", mel, MultimodalGLM.encode_audio))
     return entries
-
-
-def step_name(length: int, attended: int | None = None) -> str:
-    """Name the signature for `length` tokens that attends to `attended` slots, None for all.
-
-    Args:
-      length: number of tokens.
-      attended: number of slots that the signature attends to, or None for all.
-
-    Returns:
-      The name, such as `decode`, `prefill_128` or `prefill_128_256`.
-    """
-    name = DECODE if length == 1 else f"prefill_{length}"
-    return name if attended is None else f"{name}_{attended}"
-
-
-def attended_by(length: int, attended_slots: Iterable[int]) -> list[int]:
-    """List, in ascending order, the slot counts that have a signature for `length` tokens.
-
-    Args:
-      length: number of tokens.
-      attended_slots: slot counts of the file.
-
-    Returns:
-      The slot counts.
-    """
-    fitting = sorted(attended for attended in attended_slots if attended >= length)
-    return fitting if length == 1 else fitting[:1]
 
 
 def _encoder(
@@ -154,7 +143,7 @@ def _embed(model: MultimodalGLM, name: str, length: int) -> Signature:
 
 
 def _step(
-    model: MultimodalGLM, length: int, slots: int, attended: int | None, with_logits: bool
+    model: MultimodalGLM, length: int, slots: int, attended: int | None, logit_rows: int
 ) -> Signature:
     decoder = model.config.decoder
 
@@ -173,7 +162,7 @@ def _step(
             "length": inputs["input_pos"][0],
         }
         final, _, cache = module.decoder(inputs["embeddings"], positions, inputs["mask"], cache)
-        outputs = {"logits": module.predict(final)} if with_logits else {}
+        outputs = {"logits": module.predict(final[:, length - logit_rows :])} if logit_rows else {}
         for layer, slots_of_layer in enumerate(cache["layers"]):
             outputs[f"kv_cache_k_{layer}"] = slots_of_layer[KEY_BY_HEAD]
             outputs[f"kv_cache_v_{layer}"] = slots_of_layer[VALUE_BY_HEAD]
@@ -210,6 +199,7 @@ class ExportSpec:
       cache_slots: number of cache slots.
       prefill_logits: whether prefill returns logits of every token.
       attended_slots: slot counts of the signatures that attend to fewer slots, ascending.
+      forced_lengths: token counts of the signatures with logits of their last token, ascending.
       signatures: the signatures.
     """
 
@@ -219,6 +209,7 @@ class ExportSpec:
     cache_slots: int
     prefill_logits: bool
     attended_slots: list[int]
+    forced_lengths: list[int]
     signatures: list[Signature]
 
     @property
@@ -258,6 +249,7 @@ class ExportSpec:
             "prefill_logits": self.prefill_logits,
             "cache_slots": self.cache_slots,
             "attended_slots": self.attended_slots,
+            "forced_lengths": self.forced_lengths,
             "parameters": parameters,
             "conversions": [str(conversion) for conversion in conversions],
             "verified": False,
@@ -271,6 +263,7 @@ def make_spec(
     cache_slots: int | None,
     prefill_logits: bool,
     attended_slots: Iterable[int] = (),
+    forced_lengths: Iterable[int] | None = (),
 ) -> ExportSpec:
     """Check a model and build the signatures of its file; see `signatures`.
 
@@ -281,6 +274,8 @@ def make_spec(
       cache_slots: number of cache slots; None uses the model's context length, at most 1024.
       prefill_logits: whether prefill returns logits of every token.
       attended_slots: slot counts of the signatures that attend to fewer slots.
+      forced_lengths: token counts of the signatures with logits of their last token; None takes
+        those of `sizes.FORCED_LENGTHS` that fit the cache.
 
     Returns:
       The spec.
@@ -292,9 +287,11 @@ def make_spec(
     shapes = check_model(model, params)
     lengths, slots = check_lengths(model.config, prefill_lengths, cache_slots)
     attended = check_attended(attended_slots, slots)
+    forced = check_forced(forced_lengths, slots)
     float32 = model.clone(compute="float32")
-    entries = signatures(float32, lengths, slots, prefill_logits, attended)
-    return ExportSpec(model.config, shapes, lengths, slots, prefill_logits, attended, entries)
+    entries = signatures(float32, lengths, slots, prefill_logits, attended, forced)
+    sizes = lengths, slots, prefill_logits, attended, forced
+    return ExportSpec(model.config, shapes, *sizes, entries)
 
 
 def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
@@ -324,146 +321,3 @@ def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
                 f"{expected.get(name, 'missing')} in the model"
             )
     return expected
-
-
-def check_lengths(
-    config: GLMConfig, prefill_lengths: Iterable[int], cache_slots: int | None
-) -> tuple[list[int], int]:
-    """Return the prefill lengths in ascending order, and the number of cache slots.
-
-    Args:
-      config: configuration of the model.
-      prefill_lengths: token counts of the prefill signatures.
-      cache_slots: number of cache slots; None uses the model's context length, at most 1024.
-
-    Returns:
-      `(prefill_lengths, cache_slots)`.
-
-    Raises:
-      ExportError: a length is not a fixed integer, or does not fit the model's context.
-    """
-    lengths = fixed_lengths("prefill_lengths", prefill_lengths)
-    context = config.decoder.max_position_embeddings
-    slots = min(context, DEFAULT_SLOTS)
-    if cache_slots is not None:
-        (slots,) = check_fixed("cache_slots", [cache_slots])
-    if not 1 <= slots <= context:
-        raise ExportError(f"cache_slots={slots}: must be 1 to {context}, the model's context")
-    for length in lengths:
-        if not 2 <= length <= slots:
-            raise ExportError(f"prefill_lengths: {length} must be 2 to {slots}, the cache's slots")
-    return lengths, slots
-
-
-def check_attended(attended_slots: Iterable[int], cache_slots: int) -> list[int]:
-    """Return the slot counts that signatures attend to, in ascending order.
-
-    Args:
-      attended_slots: slot counts of signatures.
-      cache_slots: number of cache slots.
-
-    Returns:
-      The distinct slot counts.
-
-    Raises:
-      ExportError: a slot count is not a fixed integer, or is not below `cache_slots`.
-    """
-    attended = fixed_lengths("attended_slots", attended_slots)
-    if attended and not 2 <= attended[0] <= attended[-1] < cache_slots:
-        shown = f"{attended[:8]}"
-        raise ExportError(
-            f"attended_slots: {shown} must be 2 to {cache_slots - 1}, fewer than cache_slots"
-        )
-    return attended
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a file's signatures, read from its description.
-
-    Attributes:
-      prefill_lengths: token counts of the prefill signatures, ascending.
-      cache_slots: number of cache slots.
-      prefill_logits: whether prefill returns logits of every token.
-      attended_slots: slot counts of the signatures that attend to fewer slots, ascending.
-    """
-
-    prefill_lengths: list[int]
-    cache_slots: int
-    prefill_logits: bool
-    attended_slots: list[int]
-
-
-def described_sizes(description: Mapping[str, Any], config: GLMConfig) -> Sizes:
-    """Read the sizes from an untrusted description.
-
-    Args:
-      description: description of a file or directory.
-      config: configuration of the model, from the description.
-
-    Returns:
-      The sizes, which are possible for an export of that model.
-
-    Raises:
-      ExportError: a size is missing, has the wrong type, or is impossible for an export.
-    """
-    names = ("prefill_lengths", "cache_slots", "prefill_logits", "attended_slots")
-    # Core ML packages have no attended slots, and the descriptions of older ones lack the field.
-    fields = {"attended_slots": [], **description}
-    missing = [name for name in names if name not in fields]
-    if missing:
-        raise ExportError(f"{missing[0]} is missing")
-    for name in ("prefill_lengths", "attended_slots"):
-        if not isinstance(fields[name], list):
-            raise ExportError(f"{name}: must be a list, not {type(fields[name]).__name__}")
-    if not isinstance(fields["prefill_logits"], bool):
-        raise ExportError(
-            f"prefill_logits: must be true or false, not {fields['prefill_logits']!r}"
-        )
-    if fields["cache_slots"] is None:
-        raise ExportError("cache_slots: must be an integer, not None")
-    lengths, slots = check_lengths(config, fields["prefill_lengths"], fields["cache_slots"])
-    attended = check_attended(fields["attended_slots"], slots)
-    for name, sizes in (("prefill_lengths", lengths), ("attended_slots", attended)):
-        if sizes != fields[name]:
-            raise ExportError(f"{name}: {fields[name][:8]} must be ascending without duplicates")
-    return Sizes(lengths, slots, fields["prefill_logits"], attended)
-
-
-def fixed_lengths(name: str, lengths: Iterable[int]) -> list[int]:
-    """Return the distinct lengths in ascending order.
-
-    Args:
-      name: name of the argument, for messages.
-      lengths: the lengths.
-
-    Returns:
-      The lengths.
-
-    Raises:
-      ExportError: a length is not a fixed integer.
-    """
-    return sorted(set(check_fixed(name, lengths)))
-
-
-def check_fixed(name: str, lengths: Iterable[int]) -> list[int]:
-    """Return the lengths as integers; each becomes one graph.
-
-    Args:
-      name: name of the argument, for messages.
-      lengths: the lengths.
-
-    Returns:
-      The lengths in their order.
-
-    Raises:
-      ExportError: a length is not an integer of at least 1, such as None, a symbol or -1.
-    """
-    values = list(lengths) if isinstance(lengths, Iterable) else [lengths]
-    for length in values:
-        if not isinstance(length, Integral) or isinstance(length, bool) or length < 1:
-            raise ExportError(
-                f"{name}: {length!r} is not a fixed length; use an integer of at least 1, as "
-                "every graph has one shape"
-            )
-    return [int(length) for length in values]

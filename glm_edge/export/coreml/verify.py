@@ -10,7 +10,7 @@ from glm_edge.errors import ExportError, GlmEdgeError
 from glm_edge.export.common.directory import ExportedDirectory
 from glm_edge.export.common.interface import Tensor, expected_tensors
 from glm_edge.export.common.parsing import PARSE_ERRORS
-from glm_edge.export.common.signatures import described_sizes
+from glm_edge.export.common.sizes import described_sizes
 from glm_edge.export.common.weights import check_weights
 from glm_edge.export.coreml.reader import core_ml_tools, described_by, open_package, read_weights
 from glm_edge.models.multimodal import MultimodalGLM

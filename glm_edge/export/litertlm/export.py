@@ -9,12 +9,8 @@ from typing import BinaryIO
 from glm_edge import __version__
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, OutputError, require
-from glm_edge.export.common.signatures import (
-    Signature,
-    check_fixed,
-    check_lengths,
-    check_model,
-)
+from glm_edge.export.common.signatures import Signature, check_model
+from glm_edge.export.common.sizes import check_fixed, check_lengths
 from glm_edge.export.common.weights import Conversion
 from glm_edge.export.litertlm import signatures as lm_signatures
 from glm_edge.export.litertlm.bundle import EXTRA, make_repeatable

@@ -19,7 +19,8 @@ import numpy as np
 from jax import Array
 
 from glm_edge.configs import GLMConfig, VisionConfig
-from glm_edge.export.common.signatures import DECODE, Inputs, Signature, signatures
+from glm_edge.export.common.signatures import Inputs, Signature, signatures
+from glm_edge.export.common.sizes import DECODE
 from glm_edge.kernels.log_mel import mel_filters
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.preprocess.processing import AudioProcessing, ImageProcessing

@@ -54,6 +54,7 @@ def mnn(
     prefill_logits: bool = False,
     attended_slots: Iterable[int] = (),
     overwrite: bool = False,
+    forced_lengths: Iterable[int] = (),
 ) -> Package:
     """Write a model as MNN graphs that store quantized codes unchanged.
 
@@ -80,6 +81,8 @@ def mnn(
       attended_slots: slot counts, such as `(256, 512)`. The directory gets additional graphs that
         attend to only that many slots, which is faster for short contexts.
       overwrite: whether to replace an existing exported directory.
+      forced_lengths: token counts, such as `(4, 8)`, of graphs with logits of their last token, for
+        runs of tokens that a grammar forces; see `ge.export.tflite`.
 
     Returns:
       The written directory.
@@ -97,7 +100,8 @@ def mnn(
     require("MNN", extra="mnn")
     library = require("onnx", extra="onnx")
     check_target(path, overwrite, DESCRIPTION, strict=True)
-    spec = make_spec(model, params, prefill_lengths, cache_slots, prefill_logits, attended_slots)
+    sizes = prefill_lengths, cache_slots, prefill_logits, attended_slots, forced_lengths
+    spec = make_spec(model, params, *sizes)
     require_space(path, _needed(spec, params))
     weights, conversions = {}, []
     for name, leaf in boxes.path_items(params):

@@ -30,6 +30,7 @@ def onnx(
     prefill_logits: bool = False,
     attended_slots: Iterable[int] = (),
     overwrite: bool = False,
+    forced_lengths: Iterable[int] = (),
 ) -> Package:
     """Write a model as ONNX graphs of opset 21 that read quantized codes unchanged.
 
@@ -56,6 +57,8 @@ def onnx(
       attended_slots: slot counts, such as `(256, 512)`. The directory gets additional graphs that
         attend to only that many slots, which is faster for short contexts.
       overwrite: whether to replace an existing exported directory.
+      forced_lengths: token counts, such as `(4, 8)`, of graphs with logits of their last token, for
+        runs of tokens that a grammar forces; see `ge.export.tflite`.
 
     Returns:
       The written directory.
@@ -71,7 +74,8 @@ def onnx(
     """
     path, library = Path(path), require("onnx", extra="onnx")
     check_target(path, overwrite, DESCRIPTION, strict=True)
-    spec = make_spec(model, params, prefill_lengths, cache_slots, prefill_logits, attended_slots)
+    sizes = prefill_lengths, cache_slots, prefill_logits, attended_slots, forced_lengths
+    spec = make_spec(model, params, *sizes)
     require_space(path, sum(stored_bytes(leaf, ONNX) for _, leaf in boxes.path_items(params)))
     with new_directory(path, overwrite, mark=DESCRIPTION) as directory:
         weights, stored, parameters, conversions = {}, {}, {}, []

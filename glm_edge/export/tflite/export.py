@@ -79,6 +79,7 @@ def tflite(
     prefill_logits: bool = False,
     attended_slots: Iterable[int] = (),
     overwrite: bool = False,
+    forced_lengths: Iterable[int] | None = None,
 ) -> ExportedModel:
     """Write a model as a `.tflite` file with builtin operators only.
 
@@ -100,6 +101,11 @@ def tflite(
       attended_slots: slot counts, such as `(256, 512)`. The file gets additional signatures that
         attend to only that many slots, which is faster for short contexts.
       overwrite: whether to replace an existing file.
+      forced_lengths: token counts of short prefill signatures that return logits of their last
+        token only. The runner feeds a free token and the run that a grammar forces behind it
+        through one of them. None takes 4 and 8, as far as they fit the cache; `()` saves their
+        graphs, and the runner then feeds token by token. They share the weights on disk, but the
+        runtime packs the weights anew for each signature that runs.
 
     Returns:
       The exported model.
@@ -112,7 +118,8 @@ def tflite(
     """
     path = Path(path)
     check_target(path, overwrite, None, boxes.stored_bytes(params))
-    spec = make_spec(model, params, prefill_lengths, cache_slots, prefill_logits, attended_slots)
+    sizes = prefill_lengths, cache_slots, prefill_logits, attended_slots, forced_lengths
+    spec = make_spec(model, params, *sizes)
     weights = to_tflite_weights(params)
     fields = spec.description(sorted(spec.shapes), weights.conversions)
     return ExportedModel(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import mmap
 import os
 from collections.abc import Iterator
@@ -234,6 +235,37 @@ def mark_verified(path: str | Path) -> None:
         while at >= 0:
             view[at : at + len(VERIFIED)] = VERIFIED
             at = view.find(UNVERIFIED, at)
+
+
+def unverified_digest(path: str | Path) -> bytes:
+    """Compute the SHA-256 of an exported file as it was before `mark_verified`.
+
+    Args:
+      path: path of the file.
+
+    Returns:
+      32 bytes.
+
+    Raises:
+      ExportError: the file is missing, not a regular file, or cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with (
+            files.opened(path, ExportError) as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
+            memoryview(view) as content,
+        ):
+            start, at = 0, view.find(VERIFIED)
+            while at >= 0:
+                digest.update(content[start:at])
+                digest.update(UNVERIFIED)
+                start = at + len(VERIFIED)
+                at = view.find(VERIFIED, start)
+            digest.update(content[start:])
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: cannot be read: {error}") from error
+    return digest.digest()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,8 @@ from glm_edge import __version__
 from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError
 from glm_edge.export.common.jaxpr import expand_erf
-from glm_edge.export.common.signatures import Signature, check_fixed
+from glm_edge.export.common.signatures import Signature
+from glm_edge.export.common.sizes import check_fixed
 from glm_edge.export.common.weights import (
     NO_STATIC_RANGES,
     TFLITE_FUNCTION,

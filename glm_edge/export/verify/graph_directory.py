@@ -1,6 +1,7 @@
 """Runner of an exported directory of ONNX or MNN graphs."""
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,14 +9,20 @@ import numpy as np
 
 from glm_edge.configs import from_dict
 from glm_edge.errors import ExportError, GlmEdgeError
-from glm_edge.export.common.directory import MAX_GRAPH_BYTES, WEIGHTS, read_description
+from glm_edge.export.common.directory import (
+    DESCRIPTION,
+    MAX_GRAPH_BYTES,
+    WEIGHTS,
+    read_description,
+)
 from glm_edge.export.common.interface import Tensor, expected_tensors
 from glm_edge.export.common.parsing import PARSE_ERRORS
-from glm_edge.export.common.signatures import DECODE, attended_by, described_sizes, step_name
+from glm_edge.export.common.sizes import DECODE, attended_by, described_sizes, step_name
 from glm_edge.export.common.weights import Weight
 from glm_edge.export.mnn.reader import read_weights as mnn_weights
 from glm_edge.export.onnx.reader import read_weights as onnx_weights
-from glm_edge.export.verify.runner import SignatureRunner, run_checked
+from glm_edge.export.verify.litert_runner import run_checked
+from glm_edge.export.verify.runner import SignatureRunner, check_signature
 from glm_edge.export.verify.worker import TIMEOUT, InterpreterProcess
 from glm_edge.files import file_inside
 
@@ -43,7 +50,8 @@ class GraphDirectoryRunner(SignatureRunner):
     float32 = True
 
     def __init__(self, path: str | Path, num_threads: int = 2, timeout: float = TIMEOUT) -> None:
-        self.path, self.description = Path(path), read_description(path)
+        self.description = read_description(path)
+        self.path: Path = Path(path)
         runtimes = [name for name in READERS if (self.path / f"{DECODE}.{name}").exists()]
         if not runtimes:
             raise ExportError(f"{path}: damaged: contains no graph named {DECODE}")
@@ -61,9 +69,9 @@ class GraphDirectoryRunner(SignatureRunner):
         """Reject a graph that is missing, a pipe, or a link to outside the directory."""
         names = ["embed", *(["vision"] if self.config.vision is not None else [])]
         names += ["speech"] if self.config.speech is not None else []
-        for length in (1, *self.prefill_lengths):
+        for length in self.lengths:
             names += [f"embed_{length}"] if length > 1 else []
-            attended = (None, *attended_by(length, self.attended_slots))
+            attended = (None, *attended_by(length, self.attended_slots, self.forced_lengths))
             names += [step_name(length, slots) for slots in attended]
         for name in names:
             graph = file_inside(self.path, f"{name}.{self.runtime}", ExportError)
@@ -83,6 +91,7 @@ class GraphDirectoryRunner(SignatureRunner):
         Returns:
           Output arrays by name.
         """
+        check_signature(self.path, signature, self._tensors)
         return run_checked(self._worker, self.path, signature, inputs, *self._tensors[signature])
 
     @functools.cached_property
@@ -94,7 +103,21 @@ class GraphDirectoryRunner(SignatureRunner):
             self.cache_slots,
             self.prefill_logits,
             self._described_slots,
+            self.forced_lengths,
         )
+
+    def model_digest(self) -> bytes:
+        """Compute the SHA-256 of the graphs and weights, which `verify` does not change."""
+        digest = hashlib.sha256()
+        try:
+            for file in sorted(self.path.iterdir()):
+                if file.name != DESCRIPTION and file.is_file():
+                    with open(file, "rb") as stream:
+                        content = hashlib.file_digest(stream, "sha256").hexdigest()
+                    digest.update(f"{file.name} {content}\n".encode())
+        except OSError as error:
+            raise ExportError(f"{self.path}: cannot be read: {error.strerror}") from error
+        return digest.digest()
 
     def read_weights(
         self, shapes: Mapping[str, tuple[int, ...]] | None = None

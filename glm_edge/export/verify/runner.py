@@ -1,34 +1,23 @@
-"""Runners of an exported model's signatures in LiteRT or JAX, in the order of a phone's runtime.
+"""Driver of an exported model's signatures, in the order of a phone's runtime.
 
 Shapes: `T` tokens, `D` hidden size, `M` features of one image or recording, `V` vocabulary size.
 """
 
 import copy
-import functools
-import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-import jax
 import numpy as np
 
-from glm_edge.configs import GLMConfig, from_dict
-from glm_edge.errors import DataError, ExportError, GlmEdgeError, require
-from glm_edge.export.common.interface import Tensor
-from glm_edge.export.common.parsing import PARSE_ERRORS
-from glm_edge.export.common.quiet import quiet
-from glm_edge.export.common.signatures import (
-    attended_by,
-    described_sizes,
-    signatures,
-    step_name,
-)
-from glm_edge.export.tflite.file import read_metadata
-from glm_edge.export.tflite.interface import checked_graphs
-from glm_edge.export.tflite.reader import Graph
-from glm_edge.export.verify.worker import TIMEOUT, InterpreterProcess
-from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.configs import GLMConfig
+from glm_edge.errors import DataError, ExportError
+from glm_edge.export.common.sizes import all_lengths, attended_by, logit_rows, step_name
+from glm_edge.export.verify import answer
+from glm_edge.export.verify import prefix as prefixes
+from glm_edge.export.verify.prefix import Prefix
+from glm_edge.export.verify.schedule import Call, split, split_with_logits
+from glm_edge.generate.constraint import Matcher
 
 MASKED = -1e9
 
@@ -38,9 +27,11 @@ class SignatureRunner:
 
     Attributes:
       float32: True if products are known to be in float32, on dequantized weights.
+      path: path of the exported model; None if there is no file.
     """
 
     float32 = False
+    path: str | Path | None = None
 
     def __init__(
         self,
@@ -49,12 +40,19 @@ class SignatureRunner:
         cache_slots: int,
         prefill_logits: bool = True,
         attended_slots: Iterable[int] = (),
+        forced_lengths: Iterable[int] = (),
     ):
         self.config = config
         self.prefill_logits = prefill_logits
         self.prefill_lengths = sorted(prefill_lengths)
         self.cache_slots = cache_slots
         self.attended_slots = sorted(attended_slots)
+        self.forced_lengths = sorted(forced_lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Token counts of all signatures of steps, ascending from one."""
+        return all_lengths(self.prefill_lengths, self.forced_lengths)
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Run one signature on arrays that match its shapes exactly.
@@ -65,6 +63,9 @@ class SignatureRunner:
 
         Returns:
           Output arrays by name.
+
+        Raises:
+          DataError: the file lacks the signature.
         """
         raise NotImplementedError
 
@@ -134,7 +135,9 @@ class SignatureRunner:
         if not tokens.size or tokens.min() < 0 or tokens.max() >= size:
             raise DataError(f"tokens: must contain at least one token, all from 0 to {size - 1}")
         parts = []
-        for start, end, length in self._chunks(0, len(tokens)):
+        # A lookup takes no time beside its call, so few calls are best.
+        sizes = self.cache_slots, self.lengths, self.cache_slots
+        for start, end, length in split(0, len(tokens), *sizes):
             padded = _padded(tokens[start:end], length)[None]
             name = "embed" if length == 1 else f"embed_{length}"
             parts.append(self.run(name, tokens=padded)["embeddings"][0, : end - start])
@@ -172,31 +175,112 @@ class SignatureRunner:
         image: np.ndarray | None = None,
         audio: np.ndarray | None = None,
         max_new_tokens: int = 16,
+        matcher: Matcher | None = None,
+        prefix: Prefix | None = None,
     ) -> list[int]:
         """Extend a prompt by the top-1 token until a stop token, which is included.
+
+        With a `matcher`, the answer is a text of its grammar. The runs that the grammar forces are
+        fed together with the free token before them, in one call of a signature of
+        `forced_lengths`. A file without them decodes token by token, or runs a long run through
+        prefill. If only a stop token can follow, nothing runs: the answer then ends with the first
+        stop token of the model that may follow.
 
         Args:
           tokens: token ids, int [T].
           image: pixels [height, width, channels], or None.
           audio: log-mel frames [num_frames, mel_bins], or None.
           max_new_tokens: most tokens to generate, at least one.
+          matcher: constraint of the answer, from `glm_edge.generate.Constraints` with the model's
+            stop tokens; it is not changed. None allows every token.
+          prefix: beginning of `tokens` whose rows exist, from `keep_prefix`; None has none.
 
         Returns:
           The new tokens.
 
         Raises:
-          DataError: as for `embed`; or prompt and answer do not fit the cache, or logits are not
-            finite.
+          DataError: as for `embed`; or prompt and answer do not fit the cache, logits are not
+            finite, the grammar exceeds a limit or has no next token, or the prompt does not begin
+            with the prefix.
+          ExportError: the prefix belongs to another model.
         """
-        embedded = self.embed(tokens, image, audio)
-        logits, cache = self.extend(embedded, 0, self.empty_cache())
-        generated = [_argmax(logits[-1])]
-        while len(generated) < max_new_tokens and generated[-1] not in self.config.eos_token_ids:
-            slot = len(embedded) + len(generated) - 1
-            last = self.run("embed", tokens=np.array([generated[-1:]], np.int32))["embeddings"][0]
-            logits, cache = self.extend(last, slot, cache)
-            generated.append(_argmax(logits[-1]))
-        return generated
+        media = {"image": image, "audio": audio}
+        return answer.generate(self, tokens, media, max_new_tokens, matcher, prefix)
+
+    def prefill(
+        self,
+        tokens: np.ndarray,
+        image: np.ndarray | None = None,
+        audio: np.ndarray | None = None,
+        prefix: Prefix | None = None,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Run a prompt, from the end of a prefix on.
+
+        Args:
+          tokens: token ids, int [T], with placeholders for features.
+          image: pixels [height, width, channels], or None.
+          audio: log-mel frames [num_frames, mel_bins], or None.
+          prefix: beginning of `tokens` whose rows exist; None has none.
+
+        Returns:
+          `(logits, cache)`: logits [1, V] of the token after the prompt, and the cache.
+
+        Raises:
+          DataError: as for `embed`; or the prompt does not begin with the prefix.
+          ExportError: the prefix belongs to another model.
+        """
+        tokens = np.asarray(tokens, np.int32).reshape(-1)
+        start, cache = 0, self.empty_cache()
+        if prefix is not None:
+            start = prefixes.start(prefix, self, tokens, cache)
+        return self.extend(self.embed(tokens[start:], image, audio), start, cache)
+
+    def keep_prefix(self, tokens: np.ndarray, path: str | Path | None = None) -> Prefix:
+        """Compute the rows of a fixed beginning of prompts once, or open those of an earlier run.
+
+            system = runner.keep_prefix(tokens, runner.prefix_path(tokens))
+            answer = runner.generate(prompt, image, prefix=system)
+
+        Args:
+          tokens: token ids of text, int [P], such as those of a system prompt.
+          path: path of the file of these rows. An existing file is mapped into memory; otherwise
+            the rows are computed and written. None keeps them in this process only.
+
+        Returns:
+          The prefix.
+
+        Raises:
+          DataError: as for `embed`; or the tokens contain a placeholder.
+          ExportError: the file is damaged, or belongs to another model or other tokens; or this
+            runner has no file of a model.
+          OutputError: the file cannot be written.
+        """
+        return prefixes.keep(self, tokens, path)
+
+    def prefix_path(self, tokens: np.ndarray) -> Path:
+        """Name the file of a prefix beside the model, by hashes of the model and of the tokens.
+
+        Args:
+          tokens: token ids, int [P].
+
+        Returns:
+          The path. A changed model has another one.
+
+        Raises:
+          ExportError: this runner has no file of a model.
+        """
+        return prefixes.path_beside(self, tokens)
+
+    def model_digest(self) -> bytes:
+        """Compute the SHA-256 of the exported model, which `verify` does not change.
+
+        Returns:
+          32 bytes.
+
+        Raises:
+          ExportError: this runner has no file of a model, or it cannot be read.
+        """
+        raise ExportError(f"{self.config.name}: {type(self).__name__} has no file of a model")
 
     def extend(
         self,
@@ -208,8 +292,8 @@ class SignatureRunner:
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Run embedded tokens, starting at a slot of the cache.
 
-        If prefill returns no logits, the last token is decoded after the others, or every token if
-        `every_position` is set.
+        The tokens are split into the calls that take the least time. A signature with logits runs
+        last; with `every_position`, only signatures with logits of all tokens run.
 
         Args:
           embedded: embedded tokens [T, D].
@@ -224,21 +308,15 @@ class SignatureRunner:
         Raises:
           DataError: the tokens do not fit the cache.
         """
-        logits, end = [], slot + len(embedded)
-        chunks: Iterable[tuple[int, int, int]]
-        if self.prefill_logits:
-            chunks = self._chunks(slot, end)
-        elif every_position:
-            chunks = ((at, at + 1, 1) for at in self._within(slot, end))
-        else:
-            chunks = (*self._chunks(slot, end - 1), (end - 1, end, 1))
-        for start, end, length in chunks:
+        logits = []
+        for start, end, length in self._calls(slot, slot + len(embedded), every_position):
             attended = self.attended(start, length)
             part = slice(start - slot, end - slot)
             placed = None if positions is None else positions[:, part]
             inputs = self.step_inputs(embedded[part], start, length, attended, placed)
             outputs = self.run(step_name(length, attended), **inputs, **cache)
             if "logits" in outputs:
+                # A signature with logits of its last row only has one row, of the last token.
                 logits.append(outputs.pop("logits")[0, : end - start])
             cache = outputs
         return np.concatenate(logits) if every_position else logits[-1][-1:], cache
@@ -253,7 +331,7 @@ class SignatureRunner:
         Returns:
           The number of slots, or None for all.
         """
-        fitting = attended_by(length, self.attended_slots)
+        fitting = attended_by(length, self.attended_slots, self.forced_lengths)
         return next((attended for attended in fitting if slot + length <= attended), None)
 
     def looking_at_all_slots(self) -> Self:
@@ -277,7 +355,8 @@ class SignatureRunner:
         """Make the inputs of `decode` or `prefill_<length>` except the cache.
 
         Args:
-          embedded: embedded tokens, at most [length, D]; missing rows are padded.
+          embedded: embedded tokens, at most [length, D]; the last one is repeated, so that the
+            last row of the signature is that of the last token.
           slot: slot of the first token.
           length: token count of the signature.
           attended: number of slots that it attends to; None for all.
@@ -286,7 +365,8 @@ class SignatureRunner:
         Returns:
           Inputs by name.
         """
-        slots = np.arange(slot, slot + length, dtype=np.int32)
+        slots = np.minimum(np.arange(slot, slot + length), slot + len(embedded) - 1)
+        slots = slots.astype(np.int32)
         visible = np.arange(attended or self.cache_slots) <= slots[:, None]
         inputs = {
             "embeddings": _padded(embedded, length)[None],
@@ -298,21 +378,15 @@ class SignatureRunner:
             inputs["positions"] = np.broadcast_to(placed, (3, length))
         return inputs
 
-    def _within(self, start: int, end: int) -> range:
-        if end > self.cache_slots:
-            raise DataError(f"{end} tokens do not fit the {self.cache_slots} slots of the cache")
-        return range(start, end)
-
-    def _chunks(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Split slots `start..end` into `(start, end, length of the signature)`."""
-        self._within(start, end)
-        while start < end:
-            free = self.cache_slots - start
-            fitting = [length for length in self.prefill_lengths if length <= free]
-            covering = [length for length in fitting if length >= end - start]
-            length = min(covering, default=max(fitting, default=1)) if end - start > 1 else 1
-            yield start, min(end, start + length), length
-            start += length
+    def _calls(self, start: int, end: int, every_position: bool) -> list[Call]:
+        """Split slots `start..end` into calls of steps that return the wanted logits."""
+        sizes = self.prefill_lengths, self.prefill_logits, self.forced_lengths
+        rows = {length: logit_rows(length, *sizes) for length in self.lengths}
+        if every_position:
+            complete = [length for length, count in rows.items() if count == length]
+            return split(start, end, self.cache_slots, complete)
+        scored = [length for length, count in rows.items() if count]
+        return split_with_logits(start, end, self.cache_slots, self.lengths, scored)
 
     def empty_cache(self) -> dict[str, np.ndarray]:
         """Make an empty cache; its keys are the input names of the signatures.
@@ -328,169 +402,20 @@ class SignatureRunner:
         return cache
 
 
-class LiteRTRunner(SignatureRunner):
-    """An exported file in the LiteRT interpreter, which runs without JAX.
-
-    The runner is thread-safe; the interpreter runs one signature at a time.
+def check_signature(path: str | Path, signature: str, names: Iterable[str]) -> None:
+    """Refuse a signature that an exported model lacks.
 
     Args:
-      path: path of the file.
-      num_threads: number of threads of the interpreter.
-      isolated: whether to check all tables of the file and run it in a separate process, so that a
-        damaged file can crash only that process. The process stores the caches; other arrays are
-        copied through a pipe.
-      timeout: time limit in seconds for one answer of that process.
-
-    Raises:
-      ExportError: glm_edge did not export the file, or it is damaged or does not load.
-      MissingExtraError: LiteRT is not installed.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        num_threads: int = 2,
-        isolated: bool = False,
-        timeout: float = TIMEOUT,
-    ):
-        description = read_metadata(path)
-        try:
-            config = from_dict(description["config"])
-            sizes = described_sizes(description, config)
-            super().__init__(config, **vars(sizes))
-        except (*PARSE_ERRORS, GlmEdgeError) as error:
-            raise ExportError(f"{path}: damaged: its description: {error}") from error
-        self.path, self.description = path, description
-        self._graphs: dict[str, Graph] = {}
-        self._worker: InterpreterProcess | None = None
-        self._runners: dict[str, Any] = {}
-        self._lock = threading.Lock()
-        if isolated:
-            self._graphs = checked_graphs(
-                path,
-                self.config,
-                self.prefill_lengths,
-                self.cache_slots,
-                self.prefill_logits,
-                self.attended_slots,
-            )
-            self._worker = InterpreterProcess(path, num_threads, timeout)
-            return
-        interpreter = require("ai_edge_litert.interpreter", extra="export")
-        try:
-            with quiet():
-                self.interpreter = interpreter.Interpreter(
-                    model_path=str(path), num_threads=num_threads
-                )
-        except (ValueError, RuntimeError) as error:
-            raise ExportError(f"{path}: LiteRT cannot load it: {error}") from error
-
-    def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Run one signature on arrays that match its shapes exactly."""
-        if self._worker is not None:
-            graph = self._graphs[signature]
-            tensors = graph.inputs, graph.outputs
-            return run_checked(self._worker, self.path, signature, inputs, *tensors)
-        # A call sets inputs, invokes, and copies outputs, all in the memory of one interpreter.
-        with self._lock:
-            if signature in self._runners:
-                return self._runners[signature](**inputs)
-            # The first run allocates memory, and the runtime then logs its delegate.
-            with quiet():
-                self._runners[signature] = self.interpreter.get_signature_runner(signature)
-                return self._runners[signature](**inputs)
-
-    def close(self) -> None:
-        """End the process of an isolated file, which also ends when this object is deleted."""
-        if self._worker is not None:
-            self._worker.close()
-
-
-def run_checked(
-    process: InterpreterProcess,
-    path: str | Path,
-    signature: str,
-    inputs: Mapping[str, Any],
-    takes: Mapping[str, Tensor],
-    gives: Mapping[str, Tensor],
-) -> dict[str, Any]:
-    """Run a signature in another process, which keeps outputs that are named like inputs.
-
-    Args:
-      process: process that runs it.
       path: path of the exported model, for messages.
       signature: name of the signature.
-      inputs: input arrays by name.
-      takes: expected tensors of `inputs`.
-      gives: expected tensors of the outputs.
-
-    Returns:
-      Output arrays by name; `RemoteArray`s for those that stay in the process.
+      names: names of its signatures.
 
     Raises:
-      DataError: an input is missing, or has the wrong type or shape.
-      ExportError: an output is missing, or has the wrong type or shape; or the process fails.
+      DataError: the model lacks it.
     """
-    for name, tensor in takes.items():
-        if name not in inputs or not tensor.fits(inputs[name]):
-            raise DataError(f"{signature}: {name} must be {tensor.type} {list(tensor.shape)}")
-    outputs = process.run(signature, inputs, takes.keys() & gives.keys())
-    for name, tensor in gives.items():
-        if name not in outputs or not tensor.fits(outputs[name]):
-            raise ExportError(f"{path}: {signature} gives no {tensor.type} {name!r}")
-    return outputs
-
-
-class JaxRunner(SignatureRunner):
-    """The functions that an exported file was traced from, run in JAX on boxed parameters.
-
-    Args:
-      model: the model; its `compute` selects how products with quantized weights round activations.
-      params: parameters with the values that the file stores.
-      prefill_lengths: token counts of the file's prefill signatures.
-      cache_slots: number of cache slots of the file.
-      prefill_logits: whether prefill returns logits of every token, as in the file.
-    """
-
-    def __init__(
-        self,
-        model: MultimodalGLM,
-        params: Any,
-        prefill_lengths: Iterable[int],
-        cache_slots: int,
-        prefill_logits: bool = True,
-    ):
-        super().__init__(model.config, prefill_lengths, cache_slots, prefill_logits)
-        self._params = params
-        lengths = tuple(self.prefill_lengths)
-        self._functions = _compiled(model, lengths, cache_slots, prefill_logits)
-
-    def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Run one signature on arrays that match its shapes exactly."""
-        outputs = self._functions[signature](self._params, inputs)
-        return {name: np.array(value) for name, value in outputs.items()}
-
-
-@functools.lru_cache(maxsize=4)
-def _compiled(
-    model: MultimodalGLM, lengths: tuple[int, ...], cache_slots: int, prefill_logits: bool
-) -> dict[str, Any]:
-    """Compile the functions of a model once for comparisons with any number of its files."""
-    entries = signatures(model, lengths, cache_slots, prefill_logits)
-    return {entry.name: jax.jit(entry.function) for entry in entries}
-
-
-def _argmax(scores: np.ndarray) -> int:
-    """Return the top-1 token of scores [V].
-
-    Raises:
-      DataError: the logits are not finite.
-    """
-    if not np.isfinite(scores).all():
-        raise DataError(
-            "the exported model's logits are NaN or infinite; check its weights and inputs"
-        )
-    return int(scores.argmax())
+    if signature not in names:
+        offered = ", ".join(sorted(names))
+        raise DataError(f"{path}: has no signature {signature!r}; it has {offered:.400}")
 
 
 def _insert(embedded: np.ndarray, placeholder: np.ndarray, features: np.ndarray) -> None:
@@ -499,5 +424,6 @@ def _insert(embedded: np.ndarray, placeholder: np.ndarray, features: np.ndarray)
 
 
 def _padded(rows: np.ndarray, length: int) -> np.ndarray:
+    """Repeat the last row up to `length` rows."""
     padding = [(0, length - len(rows))] + [(0, 0)] * (rows.ndim - 1)
-    return np.pad(rows, padding)
+    return np.pad(rows, padding, mode="edge")

@@ -10,12 +10,14 @@ from glm_edge import params as boxes
 from glm_edge.configs import GLMConfig, SpeechConfig, VisionConfig
 from glm_edge.errors import DataError, ExportError
 from glm_edge.export.common.directory import write_description
-from glm_edge.export.common.signatures import DECODE, attended_by, step_name
+from glm_edge.export.common.sizes import DECODE, attended_by, step_name
 from glm_edge.export.common.weights import check_weights
 from glm_edge.export.tflite.file import mark_verified
 from glm_edge.export.verify.graph_directory import GraphDirectoryRunner
+from glm_edge.export.verify.jax_runner import JaxRunner
+from glm_edge.export.verify.litert_runner import LiteRTRunner
 from glm_edge.export.verify.results import MIN_TOKENS, Verification, compute_of, conclude
-from glm_edge.export.verify.runner import JaxRunner, LiteRTRunner, SignatureRunner
+from glm_edge.export.verify.runner import SignatureRunner
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
 
@@ -110,6 +112,7 @@ def verify(
         runner.prefill_lengths,
         runner.cache_slots,
         runner.prefill_logits,
+        runner.forced_lengths,
     )
     windows = list(windows) if windows is not None else random_windows(runner, seed)
     hits, errors, divergences = [], [], []
@@ -175,13 +178,14 @@ def signature_distances(
         audio = _random_audio(config.speech, rng)
         features = reference.encode_audio(audio)
         distances["speech"] = _distance(features, runner.encode_audio(audio))
-    for length in (1, *runner.prefill_lengths):
+    for length in runner.lengths:
         name = "embed" if length == 1 else f"embed_{length}"
         tokens = rng.choice(_ordinary_tokens(config), (1, length)).astype(np.int32)
         rows = reference.run(name, tokens=tokens)["embeddings"]
         distances[name] = _distance(rows, runner.run(name, tokens=tokens)["embeddings"])
         expected = _logits_of_steps(reference, rows[0], None)
-        for attended in (None, *attended_by(length, runner.attended_slots)):
+        attended_slots = attended_by(length, runner.attended_slots, runner.forced_lengths)
+        for attended in (None, *attended_slots):
             logits = _logits_of_steps(runner, rows[0], attended)
             distances[step_name(length, attended)] = _distance(expected, logits)
     return distances

@@ -173,6 +173,26 @@ class InterpreterProcess:
           ExportError: as for `run`.
         """
         fields = {"do": "reply", "content": content, "max_new_tokens": max_new_tokens, "same": same}
+        return self._answer(fields)
+
+    def branch(self, content: Any) -> tuple[str, int]:
+        """Request the answer to a message in a clone of the conversation, which stays as it is.
+
+        The clone has the context of the latest `reply`, so only the message is prefilled; see
+        `worker_main.clone_conversation` for its limits.
+
+        Args:
+          content: text, or a list of LiteRT-LM's parts as JSON values.
+
+        Returns:
+          `(text, tokens)`: the answer, and the number of tokens of the clone.
+
+        Raises:
+          ExportError: as for `run`; or there is no conversation.
+        """
+        return self._answer({"do": "branch", "content": content})
+
+    def _answer(self, fields: dict[str, Any]) -> tuple[str, int]:
         answer = self._ask(fields, {}, "answer a message")[0]
         text, tokens = answer.get("text"), answer.get("tokens")
         if not isinstance(text, str) or not isinstance(tokens, int):

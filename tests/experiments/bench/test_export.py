@@ -19,7 +19,7 @@ from experiments.bench.runtimes.engine import Task, step_signature
 from experiments.bench.runtimes.litert import LiteRT, timed_signatures
 from experiments.common.child import ChildError
 from glm_edge.configs import to_dict
-from glm_edge.export.common.signatures import step_name
+from glm_edge.export.common.sizes import step_name
 from glm_edge.export.verify.runner import SignatureRunner
 
 ROOT = Path(__file__).resolve().parents[3]

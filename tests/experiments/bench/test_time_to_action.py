@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.bench import time_to_action
+from experiments.bench import forced_passes, time_to_action
 from experiments.bench.time_to_action import Device, features_of, paper
 from glm_edge.configs import preset
+from glm_edge.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[3]
 PHONE = Device("phone", 50e9, 20e12, 1.0)
@@ -62,6 +63,35 @@ def test_total_time_counts_preparation(capsys, monkeypatch):
     assert capsys.readouterr().out.strip().endswith(time_to_action.MNN_NOTE)
 
 
+def test_forced_passes_are_compared_with_single_tokens(capsys):
+    plans = forced_passes.plans_of(6, ["2", "3"])
+    assert plans == {"one by one": [1] * 6, "forced": [2, 3]}
+    seconds = {"one by one": [0.6, 0.8], "forced": [0.3, 0.2]}
+    forced_passes.show({"int8": seconds}, plans)
+    header, _, row = (
+        [cell.strip() for cell in line.split("|")]
+        for line in capsys.readouterr().out.strip().splitlines()
+    )
+    assert header[1] == "an action of 6 tokens, in passes of 2 3"
+    # The median of the ratios of each round, 0.5 and 0.25.
+    assert row[-2] == "0.375"
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        (["x"], "use numbers such as 4,3,4,2"),
+        (["0"], "must be 1 to 8 tokens each"),
+        (["9"], "must be 1 to 8 tokens each"),
+        ([], "must be 1 to 8 tokens each"),
+        (["4", "4"], "8 tokens, --forced_tokens has 6"),
+    ],
+)
+def test_passes_that_do_not_fit_are_refused(passes, message):
+    with pytest.raises(DataError, match=message):
+        forced_passes.plans_of(6, passes)
+
+
 @pytest.mark.slow
 def test_a_small_run(tmp_path):
     out = tmp_path / "action.json"
@@ -73,7 +103,7 @@ def test_a_small_run(tmp_path):
         "--forms=int8",
     ]
     command += ["--text_tokens=14", "--action_tokens=4", "--rounds=2", f"--out={out}"]
-    command += ["--screen=240,108", "--tops=30"]
+    command += ["--screen=240,108", "--tops=30", "--forced_tokens=6", "--passes=2,3"]
     command += [f"--work_dir={tmp_path / 'models'}", f"--mnn_python={tmp_path / 'none'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -82,6 +112,10 @@ def test_a_small_run(tmp_path):
     assert len(runs) == 2
     assert all(run.keys() == {"image", "prefill", "decode"} for run in runs)
     assert min(min(run.values()) for run in runs) > 0
+    passes = log["measured"]["forms"]["int8"]["passes"]
+    assert passes.keys() == {"one by one", "forced"}
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in passes.values())
+    assert "an action of 6 tokens, in passes of 2 3" in done.stdout
     assert len(log["measured"]["prepare_s"]) == 2
     assert min(log["measured"]["prepare_s"]) > 0
     assert log["measured"]["prepared_tokens"] >= log["measured"]["prompt_tokens"]

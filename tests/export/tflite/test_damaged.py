@@ -19,7 +19,7 @@ from glm_edge.export.common import parsing
 from glm_edge.export.delegates.compatibility import Compatibility, compatibility
 from glm_edge.export.tflite import file as tflite_file
 from glm_edge.export.tflite.flatbuffer import FlatModel
-from glm_edge.export.verify.runner import LiteRTRunner
+from glm_edge.export.verify.litert_runner import LiteRTRunner
 from glm_edge.export.verify.worker import InterpreterProcess, RemoteArray
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
@@ -47,7 +47,7 @@ def exported(small_config, random_params, quantize, mapped, tmp_path_factory):
 
     params = mapped(rule, random_params(model))
     path = tmp_path_factory.mktemp("damaged") / "whole.tflite"
-    return export.tflite(model, params, path, prefill_lengths=(), cache_slots=16)
+    return export.tflite(model, params, path, (), 16, forced_lengths=())
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,7 @@ def described(exported, tmp_path, **fields):
         ({"cache_slots": "many"}, "its description: cache_slots: 'many' is not a fixed length"),
         ({"prefill_lengths": [2, 4]}, r"prefill lengths \[2, 4\]"),
         ({"prefill_lengths": 7}, "its description"),
+        ({"forced_lengths": [2]}, r"forced lengths \[2\]"),
     ],
     ids=str,
 )

@@ -15,6 +15,7 @@ from glm_edge.errors import ExportError, MissingExtraError, OutputError
 from glm_edge.export.tflite import file as tflite_file
 from glm_edge.export.tflite.flatbuffer import FlatModel
 from glm_edge.export.tflite.weights import to_constant
+from glm_edge.export.verify.schedule import split
 from glm_edge.kernels import quantization
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Masked, Quantized
@@ -104,8 +105,8 @@ def test_weights_are_stored_once_for_all_signatures(exported):
             if tensor.name in (b"embed/weight", b"decoder/layers/0/mlp/down_proj/weight"):
                 buffers.setdefault(tensor.name, []).append(tensor.buffer)
     assert {name: len(set(result)) for name, result in buffers.items()} == dict.fromkeys(buffers, 1)
-    assert len(buffers[b"embed/weight"]) == 4
-    assert len(buffers[b"decoder/layers/0/mlp/down_proj/weight"]) == 2
+    assert len(buffers[b"embed/weight"]) == 6
+    assert len(buffers[b"decoder/layers/0/mlp/down_proj/weight"]) == 3
 
 
 def test_conversions_are_reported(exported, model, dense_params, quantize, sizes, tmp_path):
@@ -276,16 +277,19 @@ def test_parameters_of_another_model_are_refused(model, dense_params, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "slots", "message"),
-    [((8,), 500, "must be 1 to 128"), ((8, 64), 32, "64 must be 2 to 32"), ((1,), 32, "1 must be")],
+    ("sizes", "message"),
+    [
+        (((8,), 500), "must be 1 to 128"),
+        (((8, 64), 32), "64 must be 2 to 32"),
+        (((1,), 32), "1 must be"),
+        (((8,), 32, False, (), False, (4, 64)), "forced_lengths: 64 must be 2 to 32"),
+        (((8,), 32, False, (), False, (1,)), "forced_lengths: 1 must be 2 to 32"),
+        (((8,), 32, False, (), False, (2.5,)), "forced_lengths: 2.5 is not a fixed length"),
+    ],
 )
-def test_lengths_outside_the_context_are_refused(
-    lengths, slots, message, model, dense_params, tmp_path
-):
+def test_lengths_outside_the_context_are_refused(sizes, message, model, dense_params, tmp_path):
     with pytest.raises(ExportError, match=message):
-        export.tflite(
-            model, dense_params, tmp_path / "a", prefill_lengths=lengths, cache_slots=slots
-        )
+        export.tflite(model, dense_params, tmp_path / "a", *sizes)
 
 
 def test_a_target_that_cannot_take_the_file_is_refused(model, dense_params, tmp_path):
@@ -356,7 +360,8 @@ def own_head(small_config, random_params, tmp_path_factory):
     )
     text = MultimodalGLM(config)
     path = tmp_path_factory.mktemp("own_head") / "a.tflite"
-    return text, export.tflite(text, random_params(text), path, (4, 8), 32, attended_slots=(16, 8))
+    sizes = {"attended_slots": (16, 8), "forced_lengths": ()}
+    return text, export.tflite(text, random_params(text), path, (4, 8), 32, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -375,11 +380,43 @@ def test_a_text_model_with_its_own_head_has_no_encoders(own_head, own_logits):
     details = phone.interpreter.get_signature_runner("prefill_4").get_input_details()
     assert tuple(details["positions"]["shape"]) == (3, 4)
     tokens, expected = own_logits
-    assert [length for _, _, length in phone._chunks(0, 11)] == [8, 4]
+    assert [length for _, _, length in split(0, 11, 32, phone.lengths)] == [8, 4]
     logits, _ = phone.extend(phone.embed(tokens[:12]), 0, phone.empty_cache())
     np.testing.assert_allclose(logits[0], expected[11], atol=1e-4)
     np.testing.assert_allclose(phone.score(tokens[:11]), expected[:11], atol=1e-4)
     assert np.isfinite(expected).all()
+
+
+def test_short_signatures_attend_wherever_decode_does(text_model, text_params, tmp_path):
+    file = export.tflite(
+        text_model,
+        text_params,
+        tmp_path / "a",
+        (8,),
+        32,
+        attended_slots=(8, 16),
+        forced_lengths=[4],
+    )
+    assert {name for name in file.signatures if name.startswith("prefill_4")} == {
+        "prefill_4",
+        "prefill_4_8",
+        "prefill_4_16",
+    }
+    phone, tokens = export.LiteRTRunner(file.path), np.arange(20, 40)
+    expected = np.asarray(applied(text_model, file.params, tokens[None]))[0]
+    run, used, cache = phone.run, [], phone.empty_cache()
+    phone.run = lambda name, **inputs: used.append(name) or run(name, **inputs)
+    rows = phone.embed(tokens)
+    used.clear()
+    for slot in (0, 3, 6, 12, 15, 18):
+        count = 2 if slot == 18 else 3
+        if slot == 6:
+            _, cache = phone.extend(rows[6:12], 6, cache)
+            continue
+        logits, cache = phone.extend(rows[slot : slot + count], slot, cache)
+        np.testing.assert_allclose(logits[0], expected[slot + count - 1], atol=1e-4)
+    assert used[:2] == ["prefill_4_8"] * 2
+    assert used[-3:] == ["prefill_4_16", "prefill_4", "prefill_4"]
 
 
 def test_signatures_that_look_at_few_slots_give_the_same(own_head, own_logits, tmp_path):

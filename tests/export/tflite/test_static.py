@@ -56,9 +56,7 @@ def calibrated(text_model, text_params, quantize, mapped):
 def written(calibrated, tmp_path_factory):
     """Its file."""
     path = tmp_path_factory.mktemp("static") / "a.tflite"
-    return export.tflite(
-        *calibrated, path, prefill_lengths=(32,), cache_slots=32, prefill_logits=True
-    )
+    return export.tflite(*calibrated, path, (32,), 32, prefill_logits=True, forced_lengths=())
 
 
 @pytest.mark.parametrize("form", [Format("int8"), Format("int4")], ids=str)

@@ -12,7 +12,9 @@ from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError
 from glm_edge.export.tflite import file as tflite_file
 from glm_edge.export.tflite.flatbuffer import FlatModel
-from glm_edge.export.verify.runner import JaxRunner, SignatureRunner
+from glm_edge.export.verify.jax_runner import JaxRunner
+from glm_edge.export.verify.runner import SignatureRunner
+from glm_edge.export.verify.schedule import split
 from glm_edge.export.verify.verify import signature_distances
 from glm_edge.generate.decoding import greedy
 from glm_edge.params import Format
@@ -91,9 +93,9 @@ def test_a_text_longer_than_the_prefill_is_scored_in_pieces(dense_export, model,
     phone = export.LiteRTRunner(dense_export.path)
     np.testing.assert_allclose(phone.score(tokens), expected[0], atol=1e-4)
     phone = SignatureRunner(model.config, (8, 32), 64)
-    assert [length for _, _, length in phone._chunks(0, 61)] == [32, 32]
-    assert [length for _, _, length in phone._chunks(40, 61)] == [8, 8, 8]
-    assert [length for _, _, length in phone._chunks(60, 64)] == [1, 1, 1, 1]
+    assert [length for _, _, length in split(0, 61, 64, phone.lengths)] == [32, 32]
+    assert [length for _, _, length in split(40, 61, 64, phone.lengths)] == [8, 8, 8]
+    assert [length for _, _, length in split(60, 64, 64, phone.lengths)] == [1, 1, 1, 1]
 
 
 def test_inputs_that_do_not_fit_are_refused(dense_export, prompt):
@@ -153,10 +155,12 @@ def test_few_tokens_or_a_lower_threshold_mark_nothing(dense_export, prompt):
 def references(model, dense_params):
     """Makes runners of the functions that `verify` has compiled."""
     compiled = model.clone(compute="int8_dynamic")
-    return lambda kind: kind(compiled, dense_params, (32,), 64)
+    return lambda kind: kind(compiled, dense_params, (32,), 64, forced_lengths=(4,))
 
 
-@pytest.mark.parametrize("wrong", ["prefill_32", "embed_32", "decode", "vision", "speech"])
+@pytest.mark.parametrize(
+    "wrong", ["prefill_32", "embed_32", "prefill_4", "decode", "vision", "speech"]
+)
 def test_a_signature_that_texts_do_not_run_must_agree_too(wrong, dense_export, references):
     class Other(JaxRunner):
         def run(self, signature, **inputs):
@@ -169,7 +173,7 @@ def test_a_signature_that_texts_do_not_run_must_agree_too(wrong, dense_export, r
     expected = {wrong}
     if wrong == "decode":
         # A prompt is judged by the step behind it, too.
-        expected |= {"prefill_32"}
+        expected |= {"prefill_32", "prefill_4"}
     assert {name for name, error in distances.items() if error > 0.25} == expected
 
 
