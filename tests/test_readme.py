@@ -116,7 +116,7 @@ def test_table_of_methods_is_the_one_of_the_code():
 
 def test_guides_hold_every_topic():
     # 15 lines for a newcomer, each package's guide, and the worked examples of contributing.
-    assert [len(blocks_of(guide)) for guide in GUIDES] == [1, 7, 3, 3, 2]
+    assert [len(blocks_of(guide)) for guide in GUIDES] == [1, 7, 3, 3, 2, 2]
 
 
 @pytest.mark.slow
