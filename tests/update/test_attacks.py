@@ -13,8 +13,6 @@ from glm_edge.update.plan import pack_plan, parse_plan, plan_fields, unpack_plan
 from glm_edge.update.repository import DAYS
 from tests.update.conftest import FolderTransport, contents, update
 
-MUTATIONS = 500
-
 
 class Mutated(FolderTransport):
     """A folder, one of whose files has other bytes."""
@@ -52,37 +50,36 @@ def mutate(draw, content):
     return bytes(data)
 
 
-def files_of_the_update(second, tmp_path):
-    """The files that a device of release 1 asks for, and those of a new device."""
-    asked = []
+def requests_of(client):
+    """The files that an update asks for."""
+    asked, read = [], client._transport.read
 
-    class Recording(FolderTransport):
-        def read(self, path, start):
-            start, chunks = super().read(path, start)
-            asked.append(path)
-            return start, chunks
+    def recording(path, start):
+        start, chunks = read(path, start)
+        asked.append(path)
+        return start, chunks
 
-    for name in ("phone", "new"):
-        folder = tmp_path / "recorded" / name
-        if name == "phone":
-            shutil.copytree(second.folder / "phone", folder, symlinks=True)
-        client = Client(folder, Recording(second.repository.directory), second.repository.root)
-        update(client)
+    client._transport.read = recording
+    update(client)
     return sorted(set(asked))
 
 
-def test_mutations_never_leave_a_mix(second, tmp_path):
-    """Every mutation is one of the package's errors, or leaves the update as it was."""
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_mutations_never_leave_a_mix(second, tmp_path, count):
+    """Every mutation is refused by one error, or does not change the update."""
     draw, outcomes = random.Random(0), Counter()
-    paths = files_of_the_update(second, tmp_path)
     folder = second.repository.directory
-    client = second.device()
-    pristine = tmp_path / "pristine"
-    shutil.copytree(client.directory, pristine, symlinks=True)
-    for _ in range(MUTATIONS):
-        path = draw.choice(paths)
+    second.device("new")
+    for name in ("phone", "new"):
+        shutil.copytree(second.folder / name, tmp_path / name, symlinks=True)
+    paths = {name: requests_of(second.device(name)) for name in ("phone", "new")}
+    for index in range(count):
+        name = ("phone", "new")[index % 2]
+        shutil.rmtree(second.folder / name)
+        shutil.copytree(tmp_path / name, second.folder / name, symlinks=True)
+        path = draw.choice(paths[name])
         content = mutate(draw, (folder / path).read_bytes())
-        device = Client(client.directory, Mutated(folder, path, content))
+        device = second.device(name, Mutated(folder, path, content))
         try:
             if device.fetch().status == "ready":
                 device.apply()
@@ -90,12 +87,12 @@ def test_mutations_never_leave_a_mix(second, tmp_path):
         except GlmEdgeError as error:
             assert "\n" not in str(error)
             outcomes[type(error).__name__] += 1
-        release = 1 if device.state.current == 1 else 2
-        assert contents(device.current()) == second.model(release)
-        shutil.rmtree(client.directory)
-        shutil.copytree(pristine, client.directory, symlinks=True)
-    assert outcomes["UpdateError"] > MUTATIONS / 2
-    assert set(outcomes) == {"UpdateError", "applied"}
+        release, model = device.state.current, device.current()
+        assert release is None or contents(model) == second.model(release)
+        assert release is not None or name == "new"
+    # A changed digit may equal the old one, and spaces between JSON values do not count.
+    assert outcomes["UpdateError"] > 0.9 * count
+    assert set(outcomes) <= {"UpdateError", "applied"}
 
 
 def test_mutated_plans_are_refused_or_sound(second):
@@ -103,14 +100,14 @@ def test_mutated_plans_are_refused_or_sound(second):
     draw, refused = random.Random(1), 0
     plan = unpack_plan(second.repository.target("deltas/1-2.plan"), "plan")
     text = json.dumps(plan_fields(plan)).encode()
-    for _ in range(MUTATIONS):
+    for _ in range(500):
         try:
             parsed = parse_plan(mutate(draw, text), "plan")
         except UpdateError:
             refused += 1
             continue
         assert all(".." not in file.path.split("/") for file in parsed.files)
-    assert refused > MUTATIONS / 2
+    assert refused > 250
 
 
 @pytest.mark.parametrize(
@@ -142,7 +139,7 @@ def test_other_keys_are_refused(second, tmp_path, refused):
     publish(other, second.folder / "model1", read_keys([tmp_path / "other_keys"]), level=1)
     with refused("is not trusted"):
         Client(second.folder / "phone", FolderTransport(other.directory)).fetch()
-    with refused("needs 2 of its keys, got 0"):
+    with refused("needs 1 of its keys, got 0"):
         second.repository.renew(read_keys([tmp_path / "other_keys"]))
     assert second.release_on("phone") == 1
 
