@@ -5,7 +5,7 @@
 On the server's side, in a folder that any static HTTP server can serve:
 
     init      --repository=DIR --keys=DIR                   make a repository and its keys
-    publish   --repository=DIR --keys=DIRS --source=PATH    sign a release (--percentage=5: a canary)
+    publish   --repository=DIR --keys=DIRS --source=PATH    sign a release; --percentage=5: a canary
     promote   --repository=DIR --keys=DIRS --percentage=50  offer the canary to more devices
     halt      --repository=DIR --keys=DIRS                  withdraw the canary
     renew     --repository=DIR --keys=DIRS                  sign again before the metadata expires
@@ -16,8 +16,8 @@ On a device:
     apply     --device_dir=DIR --url=URL                    verify, and switch to the new release
     rollback  --device_dir=DIR --url=URL --reason=TEXT      return to the release before
 
-The root of trust for --root is metadata/1.root.json of the repository. --keys takes several folders,
-since root and targets need two signatures, which two people can hold.
+The root of trust for --root is metadata/1.root.json of the repository. --keys takes several
+folders, since root and targets need two signatures, which two people can hold.
 """
 
 import shlex

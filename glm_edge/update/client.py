@@ -14,7 +14,7 @@ from glm_edge.update.health import report
 from glm_edge.update.installed import MAX_PLAN_BYTES, Installed, read_section
 from glm_edge.update.plan import Plan, pack_plan, unpack_plan
 from glm_edge.update.rollout import channel_from_json
-from glm_edge.update.state import State, read_state, write_state
+from glm_edge.update.state import STATE, State, read_state, write_state
 from glm_edge.update.transport import HttpTransport, Transport, download
 from glm_edge.update.trust import Trust
 from glm_edge.writers import DirectoryLock, require_space, write_whole
@@ -81,13 +81,15 @@ class Client:
         self._objects = self.directory / OBJECTS
         self._report_url, self._clock = report_url, clock
         with self._locked():
-            state = read_state(self.directory, device)
             path = self.directory / ROOT
             if not path.exists():
                 if root is None:
                     raise UpdateError(f"{path}: does not exist; pass root= of the repository")
                 write_whole(path, lambda temporary: temporary.write_bytes(root))
-            write_state(self.directory, state)
+            state = read_state(self.directory, device)
+            # The id of a new device is random, so it must last from the first call.
+            if not (self.directory / STATE).exists() or state != self.state:
+                write_state(self.directory, state)
 
     @property
     def state(self) -> State:
@@ -251,8 +253,7 @@ class Client:
                 path.unlink()
         require_space(self._objects / "object", max(0, sum(sizes.values()) - present) + plan.size)
         return sum(
-            download(self._transport, sha256, size, self._objects)
-            for sha256, size in sizes.items()
+            download(self._transport, sha256, size, self._objects) for sha256, size in sizes.items()
         )
 
     def _sections(self, state: State) -> dict[str, tuple[Path, int, int]]:

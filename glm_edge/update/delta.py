@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from glm_edge.errors import UpdateError, require
-from glm_edge.update.plan import EXTRA, MAX_BASE_BYTES, MAX_SECTION_BYTES
+from glm_edge.update.plan import MAX_BASE_BYTES, MAX_SECTION_BYTES
 
 LEVEL = 12
 # Dictionary and section together; a device allocates at most this window.
@@ -24,7 +24,7 @@ def compress(content: bytes, base: bytes = b"", level: int = LEVEL) -> bytes:
     Returns:
       One zstd frame, which declares its size.
     """
-    zstandard = require("zstandard", extra=EXTRA)
+    zstandard = require("zstandard", extra="update")
     # The window covers the dictionary, and so must the table of positions: the small table of a low
     # level forgets the beginning of the dictionary.
     window_log = max(10, (len(base) + len(content)).bit_length())
@@ -52,7 +52,7 @@ def decompress(packed: bytes, size: int, where: str, base: bytes = b"") -> bytes
     Raises:
       UpdateError: the frame is damaged, or has another size.
     """
-    zstandard = require("zstandard", extra=EXTRA)
+    zstandard = require("zstandard", extra="update")
     try:
         if zstandard.frame_content_size(packed) != size:
             raise UpdateError(f"{where}: does not decompress to {size} bytes")
@@ -120,5 +120,5 @@ def _planes(content: bytes, stride: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _dictionary(base: bytes) -> Any:
-    zstandard = require("zstandard", extra=EXTRA)
+    zstandard = require("zstandard", extra="update")
     return zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT)

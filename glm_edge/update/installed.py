@@ -61,7 +61,9 @@ class Installed:
         """Test that every file of a release has the bytes of its plan."""
         try:
             folder = self.path(release) / MODEL
-            return all(hash_file(folder / file.path) == file.sha256 for file in self.plan(release).files)
+            return all(
+                hash_file(folder / file.path) == file.sha256 for file in self.plan(release).files
+            )
         except GlmEdgeError:
             return False
 
@@ -94,9 +96,7 @@ class Installed:
                 ranges[section.sha256] = (folder / file.path, begin, section.size)
         return ranges
 
-    def build(
-        self, plan: Plan, objects: Path, sections: dict[str, tuple[Path, int, int]]
-    ) -> None:
+    def build(self, plan: Plan, objects: Path, sections: dict[str, tuple[Path, int, int]]) -> None:
         """Build a release beside the installed ones, and verify it byte for byte.
 
         Args:

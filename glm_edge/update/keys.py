@@ -6,7 +6,6 @@ from typing import Any
 
 from glm_edge.errors import UpdateError, require
 from glm_edge.files import read_bytes
-from glm_edge.update.plan import EXTRA
 from glm_edge.writers import write_whole
 
 MAX_KEY_BYTES = 1 << 14
@@ -67,7 +66,7 @@ def read_keys(folders: Iterable[Path]) -> list[Any]:
     Raises:
       UpdateError: a folder has no key, or a file is not a private key.
     """
-    serialization = require("cryptography.hazmat.primitives.serialization", extra=EXTRA)
+    serialization = require("cryptography.hazmat.primitives.serialization", extra="update")
     signers = []
     for folder in folders:
         paths = sorted(folder.glob("*.pem"))
@@ -85,5 +84,5 @@ def read_keys(folders: Iterable[Path]) -> list[Any]:
 
 
 def _signer_class() -> Any:
-    require("cryptography", extra=EXTRA)
-    return require("securesystemslib.signer", extra=EXTRA).CryptoSigner
+    require("cryptography", extra="update")
+    return require("securesystemslib.signer", extra="update").CryptoSigner

@@ -13,7 +13,6 @@ from glm_edge.files import MAX_FILE_NAME, MAX_JSON_BYTES, parse_json
 
 FORMAT = "glm_edge.update"
 VERSION = 1
-EXTRA = "update"
 # Bounds the memory of a device: one section, its base and its object at a time.
 MAX_SECTION_BYTES = 4 << 20
 # A base may surround its section, because a shorter header moves the bytes of a file.
@@ -128,7 +127,7 @@ def pack_plan(plan: Plan) -> bytes:
     """
     text = json.dumps(plan_fields(plan), separators=(",", ":")).encode()
     parse_plan(text, f"release {plan.release}")
-    zstandard = require("zstandard", extra=EXTRA)
+    zstandard = require("zstandard", extra="update")
     return zstandard.ZstdCompressor(level=19, write_content_size=True).compress(text)
 
 
@@ -145,7 +144,7 @@ def unpack_plan(packed: bytes, where: str) -> Plan:
     Raises:
       UpdateError: the bytes are not a plan, or exceed a limit.
     """
-    zstandard = require("zstandard", extra=EXTRA)
+    zstandard = require("zstandard", extra="update")
     try:
         if zstandard.frame_content_size(packed) not in range(1, MAX_JSON_BYTES + 1):
             raise UpdateError(f"{where}: must declare at most {MAX_JSON_BYTES} bytes of JSON")
@@ -244,7 +243,12 @@ class _Reader:
         return value
 
     def integer(
-        self, fields: dict[str, Any], name: str, least: int, most: int = MAX_SIZE, default: Any = None
+        self,
+        fields: dict[str, Any],
+        name: str,
+        least: int,
+        most: int = MAX_SIZE,
+        default: Any = None,
     ) -> int:
         value = fields.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:

@@ -120,9 +120,7 @@ def download_bytes(plan: Plan) -> int:
     return sum({s.object_sha256: s.object_size for _, _, s in plan.sections()}.values())
 
 
-def _counter(
-    progress: Callable[[str, int, int], None] | None, total: int
-) -> Callable[[], None]:
+def _counter(progress: Callable[[str, int, int], None] | None, total: int) -> Callable[[], None]:
     done = 0
 
     def show() -> None:
@@ -271,8 +269,8 @@ def _bases(old: PlannedFile, new: PlannedFile) -> list[Base | None]:
 
 def _aligned(old: PlannedFile, new: PlannedFile) -> Iterator[Base | None]:
     old_ends, new_ends = _offsets(old), _offsets(new)
-    hashes = [[section.sha256 for section in file.sections] for file in (old, new)]
-    matcher = difflib.SequenceMatcher(None, *hashes, autojunk=False)
+    before, after = ([section.sha256 for section in file.sections] for file in (old, new))
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
     for _, old_low, old_high, new_low, new_high in matcher.get_opcodes():
         low, high = old_ends[old_low], old_ends[old_high]
         same_size = high - low == new_ends[new_high] - new_ends[new_low]

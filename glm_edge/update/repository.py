@@ -9,7 +9,6 @@ from typing import Any
 from glm_edge.errors import GlmEdgeError, OutputError, UpdateError, require
 from glm_edge.files import read_bytes
 from glm_edge.update.keys import KEYS_PER_ROLE, create_keys
-from glm_edge.update.plan import EXTRA
 from glm_edge.update.rollout import Channel, channel_from_json, channel_json, check_percentage
 from glm_edge.update.trust import MAX_TARGET_BYTES
 from glm_edge.writers import DirectoryLock, write_whole
@@ -34,7 +33,7 @@ class Repository:
             one.
         """
         self.directory = Path(directory)
-        self._api = require("tuf.api.metadata", extra=EXTRA)
+        self._api = require("tuf.api.metadata", extra="update")
 
     @property
     def _metadata(self) -> Path:
@@ -268,7 +267,7 @@ def create_repository(directory: str | Path, keys: str | Path) -> Repository:
         raise UpdateError(f"{directory}: is not empty; choose another folder")
     if keys.resolve().is_relative_to(directory.resolve()):
         raise UpdateError(f"{keys}: is inside the repository, which a server makes public")
-    api = require("tuf.api.metadata", extra=EXTRA)
+    api = require("tuf.api.metadata", extra="update")
     signers = create_keys(keys)
     root = api.Root(consistent_snapshot=True)
     for role, role_signers in signers.items():

@@ -9,7 +9,6 @@ from typing import Protocol
 
 from glm_edge.errors import OutputError, UpdateError, require
 from glm_edge.files import opened
-from glm_edge.update.plan import EXTRA
 
 ATTEMPTS = 3
 TIMEOUT_S = 30.0
@@ -65,10 +64,11 @@ class HttpTransport:
         """
         if not url.startswith(("http://", "https://")):
             raise UpdateError(f"url={url!r:.200}: must begin with http:// or https://")
-        self._urllib3 = require("urllib3", extra=EXTRA)
+        self._urllib3 = require("urllib3", extra="update")
         self._url, self._timeout_s = url.rstrip("/"), timeout_s
         self._pool = self._urllib3.PoolManager(
-            timeout=timeout_s, retries=self._urllib3.Retry(total=None, connect=0, read=0, redirect=3)
+            timeout=timeout_s,
+            retries=self._urllib3.Retry(total=None, connect=0, read=0, redirect=3),
         )
 
     def read(self, path: str, start: int) -> tuple[int, Iterator[bytes]]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from glm_edge.errors import GlmEdgeError, OutputError, UpdateError, require
 from glm_edge.files import read_bytes
-from glm_edge.update.plan import EXTRA
 from glm_edge.update.transport import StatusError, Transport
 
 MAX_TARGET_BYTES = 1 << 24
@@ -30,9 +29,9 @@ class Trust:
           OutputError: the folder cannot be written.
         """
         self._folder = folder
-        updater = require("tuf.ngclient", extra=EXTRA).Updater
+        updater = require("tuf.ngclient", extra="update").Updater
         # Verification of ed25519 signatures; without it, each signature would count as wrong.
-        require("cryptography", extra=EXTRA)
+        require("cryptography", extra="update")
         with self._one_error("root"):
             folder.mkdir(parents=True, exist_ok=True)
             for litter in folder.glob("tmp*"):
@@ -102,15 +101,15 @@ class Trust:
         # The parser of metadata documents only a part of the exceptions that damaged input causes.
         except Exception as error:
             if isinstance(error.__cause__, GlmEdgeError):
-                raise error.__cause__ from error
+                raise error.__cause__ from None
             kind = type(error).__name__
             raise UpdateError(f"{name}: is not trusted: {error or kind} ({kind})") from error
 
 
 def _fetcher(transport: Transport) -> Any:
     """Adapt a transport to the interface of The Update Framework."""
-    interface = require("tuf.ngclient", extra=EXTRA).FetcherInterface
-    exceptions = require("tuf.api.exceptions", extra=EXTRA)
+    interface: Any = require("tuf.ngclient", extra="update").FetcherInterface
+    exceptions = require("tuf.api.exceptions", extra="update")
 
     class Fetcher(interface):
         """Downloads through a transport."""

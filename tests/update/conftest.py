@@ -80,7 +80,7 @@ class World:
         """The release that a device has, by its bytes alone; a mix fails."""
         client = Client(self.folder / name, FolderTransport(self.folder))
         path = client.current()
-        return [r for r in (1, 2) if contents(path) == self.model(r)][0]
+        return next(r for r in (1, 2) if contents(path) == self.model(r))
 
 
 def update(client):

@@ -1,7 +1,9 @@
 """Updates of a device, from publishing to rolling back."""
 
 import dataclasses
+import resource
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -98,6 +100,36 @@ def test_a_full_disk_keeps_the_old_release(second, monkeypatch):
     monkeypatch.undo()
     assert second.release_on("phone") == 1
     assert contents(client.apply()) == second.model(2)
+
+
+@pytest.mark.parametrize("limit", [200, 3000, 20_000])
+def test_writes_that_fail_keep_the_old_release(second, limit):
+    """The system refuses bytes beyond a limit, in the middle of any file, as a full disk does."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    client = second.device()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        with pytest.raises(OutputError, match="cannot be written"):
+            update(client)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert second.release_on("phone") == 1
+    assert contents(update(client)) == second.model(2)
+
+
+def test_a_device_without_a_delta_reuses_equal_sections(first):
+    publish(first.repository, first.folder / "model2", first.signers, level=3, deltas=0)
+    changed = {"config.json", "model.safetensors"}
+    fetched = first.device().fetch()
+    new = first.device("new").fetch()
+    assert {
+        name for name in first.model(1) if first.model(1)[name] != first.model(2)[name]
+    } == changed
+    # The embedding and the tokenizer are installed.
+    assert 0 < fetched.downloaded < new.downloaded / 1.5
+    assert contents(first.device().apply()) == first.model(2)
 
 
 def test_a_clock_set_back_is_refused(second, refused):

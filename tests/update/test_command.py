@@ -54,7 +54,7 @@ def test_the_command_from_init_to_rollback(tmp_path, run):
         assert run("fetch", *client).startswith("current: release 1")
         run("promote", *server_flags, "--percentage=100")
         assert run("fetch", *client).startswith("ready: release 2")
-        with pytest.raises(SystemExit, match="failed its check.*ended with status 1"):
+        with pytest.raises(SystemExit, match=r"failed its check.*ended with status 1"):
             run("apply", *client, "--check_command=false")
         run("publish", *server_flags, f"--source={models[1]}")
         run("fetch", *client)
