@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_edge.errors import GlmEdgeError, OutputError, UpdateError
+from glm_edge.errors import GlmEdgeError, UpdateError
 from glm_edge.files import read_bytes
+from glm_edge.update.disk import disk_errors
 from glm_edge.update.health import report
 from glm_edge.update.installed import MAX_PLAN_BYTES, Installed, read_section
 from glm_edge.update.plan import Plan, pack_plan, unpack_plan
@@ -277,18 +278,13 @@ class Client:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        try:
+        with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             lock = DirectoryLock(self.directory, self.directory)
             try:
                 yield
             finally:
                 lock.release()
-        except GlmEdgeError:
-            raise
-        except OSError as error:
-            reason = error.strerror or error
-            raise OutputError(f"{self.directory}: cannot be written: {reason}") from error
 
 
 def _required(trust: Trust, name: str) -> bytes:

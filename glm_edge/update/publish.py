@@ -82,6 +82,19 @@ def publish(
     check_percentage(percentage)
     if not 1 <= level <= 22:
         raise UpdateError(f"level={level}: must be between 1 and 22")
+    with repository.locked():
+        return _publish(repository, Path(source), signers, percentage, deltas, level, progress)
+
+
+def _publish(
+    repository: Repository,
+    source: Path,
+    signers: Sequence[Any],
+    percentage: float,
+    deltas: int,
+    level: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> Published:
     names = repository.target_names()
     earlier = sorted(
         int(name.removeprefix("releases/").removesuffix(".plan"))
@@ -90,13 +103,13 @@ def publish(
     )
     release = earlier[-1] + 1 if earlier else 1
     store = _Store(repository, level)
-    files = _source_files(Path(source))
+    files = _source_files(source)
     spans = {name: split(path) for name, path in files.items()}
     show = _counter(progress, sum(map(len, spans.values())) * (1 + len(earlier[-deltas:])))
     planned = tuple(
         store.complete_file(name, path, spans[name], show) for name, path in files.items()
     )
-    complete = Plan(release, None, Path(source).is_file(), planned)
+    complete = Plan(release, None, source.is_file(), planned)
     targets = {f"releases/{release}.plan": pack_plan(complete)}
     sizes = {}
     for base in earlier[-deltas:] if deltas else []:

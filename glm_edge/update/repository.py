@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm_edge.errors import GlmEdgeError, OutputError, UpdateError, require
+from glm_edge.errors import UpdateError, require
 from glm_edge.files import read_bytes
+from glm_edge.update.disk import disk_errors
 from glm_edge.update.keys import KEYS_PER_ROLE, create_keys
 from glm_edge.update.rollout import Channel, channel_from_json, channel_json, check_percentage
 from glm_edge.update.trust import MAX_TARGET_BYTES
@@ -38,6 +39,24 @@ class Repository:
     @property
     def _metadata(self) -> Path:
         return self.directory / "metadata"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from changing the repository.
+
+        Raises:
+          UpdateError: the folder does not exist.
+          OutputError: another process is changing it, or the disk cannot be written.
+        """
+        if not self.directory.is_dir():
+            raise UpdateError(f"{self.directory}: is not a repository; make one with init")
+        with disk_errors(self.directory):
+            # A method that changes the channel calls another one that also locks.
+            lock = DirectoryLock(self.directory, self.directory, again=True)
+            try:
+                yield
+            finally:
+                lock.release()
 
     @property
     def root(self) -> bytes:
@@ -84,7 +103,7 @@ class Repository:
           UpdateError: keys are missing.
           OutputError: a file cannot be written.
         """
-        with self._locked():
+        with self.locked():
             metadata = self._load_all()
             for role in ("targets", "snapshot", "timestamp"):
                 self._signers_of(metadata["root"], role, signers)
@@ -108,7 +127,7 @@ class Repository:
           UpdateError: the keys of snapshot and timestamp are missing.
           OutputError: a file cannot be written.
         """
-        with self._locked():
+        with self.locked():
             metadata = self._load_all()
             roles = []
             for role in DAYS:
@@ -136,20 +155,21 @@ class Repository:
           UpdateError: there is no candidate, or the percentage would shrink.
         """
         check_percentage(percentage)
-        channel = self.channel
-        if channel.candidate is None:
-            raise UpdateError(f"{self.directory}: has no candidate to promote")
-        if percentage < channel.percentage:
-            raise UpdateError(
-                f"percentage={percentage}: is below {channel.percentage}; devices keep what they "
-                "have, so use halt"
-            )
-        if percentage == 100:
-            channel = Channel(stable=channel.candidate)
-        else:
-            channel = Channel(channel.stable, channel.candidate, percentage)
-        self.publish({CHANNEL: channel_json(channel)}, signers)
-        return channel
+        with self.locked():
+            channel = self.channel
+            if channel.candidate is None:
+                raise UpdateError(f"{self.directory}: has no candidate to promote")
+            if percentage < channel.percentage:
+                raise UpdateError(
+                    f"percentage={percentage}: is below {channel.percentage}; devices keep what "
+                    "they have, so use halt"
+                )
+            if percentage == 100:
+                channel = Channel(stable=channel.candidate)
+            else:
+                channel = Channel(channel.stable, channel.candidate, percentage)
+            self.publish({CHANNEL: channel_json(channel)}, signers)
+            return channel
 
     def halt(self, signers: Sequence[Any]) -> Channel:
         """Withdraw the candidate; devices that have it return to the stable release.
@@ -163,12 +183,13 @@ class Repository:
         Raises:
           UpdateError: there is no candidate.
         """
-        channel = self.channel
-        if channel.candidate is None:
-            raise UpdateError(f"{self.directory}: has no candidate to halt")
-        channel = Channel(stable=channel.stable)
-        self.publish({CHANNEL: channel_json(channel)}, signers)
-        return channel
+        with self.locked():
+            channel = self.channel
+            if channel.candidate is None:
+                raise UpdateError(f"{self.directory}: has no candidate to halt")
+            channel = Channel(stable=channel.stable)
+            self.publish({CHANNEL: channel_json(channel)}, signers)
+            return channel
 
     def _target_path(self, info: Any) -> Path:
         # The name that a client asks for under consistent snapshots: HASH.NAME in its folder.
@@ -237,14 +258,6 @@ class Repository:
         prefix = "" if role == "timestamp" else f"{entry.signed.version}."
         _write(self._metadata / f"{prefix}{role}.json", entry.to_bytes())
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock = DirectoryLock(self.directory, self.directory)
-        try:
-            yield
-        finally:
-            lock.release()
-
 
 def create_repository(directory: str | Path, keys: str | Path) -> Repository:
     """Create an empty repository and its keys.
@@ -268,7 +281,10 @@ def create_repository(directory: str | Path, keys: str | Path) -> Repository:
     if keys.resolve().is_relative_to(directory.resolve()):
         raise UpdateError(f"{keys}: is inside the repository, which a server makes public")
     api = require("tuf.api.metadata", extra="update")
-    signers = create_keys(keys)
+    with disk_errors(keys):
+        signers = create_keys(keys)
+    with disk_errors(directory):
+        directory.joinpath("metadata").mkdir(parents=True)
     root = api.Root(consistent_snapshot=True)
     for role, role_signers in signers.items():
         for signer in role_signers:
@@ -284,7 +300,6 @@ def create_repository(directory: str | Path, keys: str | Path) -> Repository:
         # `_sign` makes it one; the constructors refuse zero.
         signed.version = 0
     metadata = {role: api.Metadata(signed) for role, signed in roles.items()}
-    directory.joinpath("metadata").mkdir(parents=True)
     repository = Repository(directory)
     everyone = [signer for role_signers in signers.values() for signer in role_signers]
     repository._sign(metadata, tuple(roles), everyone, DAYS)
@@ -293,13 +308,9 @@ def create_repository(directory: str | Path, keys: str | Path) -> Repository:
 
 
 def _write(path: Path, content: bytes) -> None:
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda temporary: temporary.write_bytes(content))
-    except GlmEdgeError:
-        raise
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

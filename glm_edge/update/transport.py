@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from glm_edge.errors import OutputError, UpdateError, require
+from glm_edge.errors import UpdateError, require
 from glm_edge.files import opened
+from glm_edge.update.disk import disk_errors
 
 ATTEMPTS = 3
 TIMEOUT_S = 30.0
@@ -153,7 +154,8 @@ def download(transport: Transport, sha256: str, size: int, folder: Path) -> int:
     count, failure = 0, UpdateError(sha256)
     for _ in range(ATTEMPTS):
         try:
-            count += _continue(transport, object_path(sha256), partial, size)
+            with disk_errors(partial):
+                count += _continue(transport, object_path(sha256), partial, size)
         except UpdateError as error:
             failure = error
             if isinstance(error, StatusError) and error.status != 416:
@@ -161,9 +163,6 @@ def download(transport: Transport, sha256: str, size: int, folder: Path) -> int:
             if isinstance(error, StatusError):
                 partial.unlink(missing_ok=True)
             continue
-        except OSError as error:
-            reason = error.strerror or error
-            raise OutputError(f"{partial}: cannot be written: {reason}") from error
         if hash_file(partial) == sha256:
             os.replace(partial, target)
             return count

@@ -102,6 +102,20 @@ def test_a_full_disk_keeps_the_old_release(second, monkeypatch):
     assert contents(client.apply()) == second.model(2)
 
 
+def test_one_file_with_changes_everywhere(first, tmp_path):
+    """Changed bytes move the boundaries of chunks, and the old bytes still correspond."""
+    draw = np.random.default_rng(0)
+    old = draw.integers(0, 256, 5 << 20, dtype=np.uint8)
+    new = np.where(draw.random(old.size) < 0.01, old ^ 1, old)
+    paths = [tmp_path / "old.litertlm", tmp_path / "new.litertlm"]
+    for path, data in zip(paths, (old, new), strict=True):
+        path.write_bytes(data.tobytes())
+        result = publish(first.repository, path, first.signers, level=3, deltas=1)
+    # One changed byte of 100 has an entropy of 0.08 bits per byte, the byte itself 8.
+    assert result.deltas[2] < result.complete / 20
+    assert update(first.device()).read_bytes() == paths[1].read_bytes()
+
+
 @pytest.mark.parametrize("limit", [200, 3000, 20_000])
 def test_writes_that_fail_keep_the_old_release(second, limit):
     """The system refuses bytes beyond a limit, in the middle of any file, as a full disk does."""

@@ -3,7 +3,7 @@
 import pytest
 
 from glm_edge.errors import UpdateError
-from glm_edge.update import Channel, in_rollout, publish
+from glm_edge.update import Channel, Repository, in_rollout, publish
 from glm_edge.update.rollout import channel_from_json, channel_json
 from tests.update.conftest import contents, update
 
@@ -56,6 +56,24 @@ def test_halt_returns_devices_to_the_stable_release(first):
     # The next number is new, so that devices that skipped release 2 receive it.
     result = publish(first.repository, first.folder / "model2", first.signers, level=1)
     assert result.release == 3
+
+
+@pytest.mark.parametrize("role", ["targets", "snapshot", "timestamp"])
+def test_a_killed_publisher_leaves_the_old_release_on_offer(first, monkeypatch, role):
+    write = Repository._write_signed
+
+    def killed(self, metadata, written, signers):
+        if written == role:
+            raise KeyboardInterrupt
+        write(self, metadata, written, signers)
+
+    monkeypatch.setattr(Repository, "_write_signed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(first.repository, first.folder / "model2", first.signers, level=1)
+    monkeypatch.undo()
+    assert first.device().fetch().status == "current"
+    publish(first.repository, first.folder / "model2", first.signers, level=1)
+    assert contents(update(first.device())) == first.model(2)
 
 
 @pytest.mark.parametrize("percentage", [-1, 100.1, float("nan"), True, "5", None])
