@@ -16,7 +16,7 @@ import base64
 import gzip
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from glm_edge.cli.checkpoints import CHECKPOINT_HELP
 from glm_edge.cli.console import bar, launch
 from glm_edge.compress import quantize
 from glm_edge.errors import DataError, MissingExtraError, require
-from glm_edge.update.transport import StatusError
 
 FLAGS = flags.FLAGS
 NAME = "update_sizes"
@@ -143,7 +142,9 @@ def sizes_of(folder: Path, name: str) -> dict[str, int | None]:
     old, new = folder / "installed", folder / name
     repository = update.create_repository(folder / f"{name} repository", folder / f"{name} keys")
     signers = update.read_keys([folder / f"{name} keys"])
-    device = update.Client(folder / f"{name} device", Files(repository.directory), repository.root)
+    device = update.Client(
+        folder / f"{name} device", update.FolderTransport(repository.directory), repository.root
+    )
     for release in (old, new):
         published = update.publish(repository, release, signers, level=LEVEL)
         device.fetch()
@@ -163,19 +164,6 @@ def sizes_of(folder: Path, name: str) -> dict[str, int | None]:
             sizes[form] = None
     sizes[JSON_PATCH] = len(json_patch(old / WEIGHTS, new / WEIGHTS))
     return sizes
-
-
-class Files:
-    """A transport that reads the repository's folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def read(self, path: str, start: int) -> tuple[int, Iterator[bytes]]:
-        file = self.folder / path
-        if not file.is_file():
-            raise StatusError(f"{path}: is missing", 404)
-        return start, iter([file.read_bytes()[start:]])
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -127,6 +127,32 @@ class HttpTransport:
             (response.release_conn if complete else response.close)()  # type: ignore[attr-defined]
 
 
+class FolderTransport:
+    """Files of a local folder, such as a memory card with a copy of the repository."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Remember the folder.
+
+        Args:
+          folder: copy of a repository.
+        """
+        self.folder = Path(folder)
+
+    def read(self, path: str, start: int) -> tuple[int, Iterator[bytes]]:
+        """Open a file; see `Transport.read`."""
+        file = self.folder / path
+        if not file.is_file():
+            raise StatusError(f"{file}: does not exist", 404)
+        return start, _read_from(file, start)
+
+
+def _read_from(path: Path, start: int) -> Iterator[bytes]:
+    with opened(path, UpdateError) as file:
+        file.seek(start)
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
 def object_path(sha256: str) -> str:
     """Return the path of an object in the repository."""
     return f"objects/{sha256[:2]}/{sha256}"

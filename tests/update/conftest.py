@@ -1,7 +1,6 @@
 """A repository with two releases of a small model, and devices."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,14 @@ from glm_edge.errors import UpdateError
 pytest.importorskip("tuf")
 pytest.importorskip("zstandard")
 
-from glm_edge.update import Client, Repository, create_repository, publish, read_keys
-from glm_edge.update.transport import StatusError
+from glm_edge.update import (
+    Client,
+    FolderTransport,
+    Repository,
+    create_repository,
+    publish,
+    read_keys,
+)
 
 
 def write_model(folder, seed):
@@ -40,21 +45,6 @@ def contents(path):
         return path.read_bytes()
     files = (file for file in path.rglob("*") if file.is_file())
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
-
-
-class FolderTransport:
-    """The files of a folder, without a server."""
-
-    def __init__(self, folder):
-        self.folder, self.bytes = Path(folder), 0
-
-    def read(self, path, start):
-        file = self.folder / path
-        if not file.is_file():
-            raise StatusError(f"{path}: 404", 404)
-        content = file.read_bytes()[start:]
-        self.bytes += len(content)
-        return start, iter([content[i : i + 1000] for i in range(0, len(content), 1000)])
 
 
 class World:

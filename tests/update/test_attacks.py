@@ -8,10 +8,17 @@ from collections import Counter
 import pytest
 
 from glm_edge.errors import GlmEdgeError, UpdateError
-from glm_edge.update import Client, Repository, create_repository, publish, read_keys
+from glm_edge.update import (
+    Client,
+    FolderTransport,
+    Repository,
+    create_repository,
+    publish,
+    read_keys,
+)
 from glm_edge.update.plan import pack_plan, parse_plan, plan_fields, unpack_plan
 from glm_edge.update.repository import DAYS
-from tests.update.conftest import FolderTransport, contents, update
+from tests.update.conftest import contents, update
 
 
 class Mutated(FolderTransport):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from glm_edge.errors import OutputError, UpdateError
-from glm_edge.update import publish
-from tests.update.conftest import FolderTransport, contents, update
+from glm_edge.update import FolderTransport, publish
+from tests.update.conftest import contents, update
 
 
 def test_a_delta_installs_the_published_bytes(second):

@@ -11,9 +11,9 @@ import time
 import pytest
 
 from glm_edge.errors import UpdateError
-from glm_edge.update import Client, publish
+from glm_edge.update import Client, FolderTransport, publish
 from glm_edge.update.transport import HttpTransport, download
-from tests.update.conftest import FolderTransport, contents, update
+from tests.update.conftest import contents, update
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
