@@ -17,6 +17,7 @@ __all__ = [
     "OutputError",
     "RecipeError",
     "TrainingError",
+    "UpdateError",
     "require",
     "require_folder",
 ]
@@ -74,6 +75,10 @@ class BoxError(GlmEdgeError, ValueError):
 
 class ExportError(GlmEdgeError, ValueError):
     """Raised when a model or a format cannot be written as the target file."""
+
+
+class UpdateError(GlmEdgeError, ValueError):
+    """Raised when an update is missing, expired, wrongly signed, damaged, or cannot be fetched."""
 
 
 class OutputError(GlmEdgeError, OSError):

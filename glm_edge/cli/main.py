@@ -1,4 +1,4 @@
-"""Compress, export, measure, plan and serve from the command line.
+"""Compress, export, measure, plan, serve and update from the command line.
 
     glm-edge COMMAND --flag=value ...
     glm-edge COMMAND --help
@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": "measure the loss on text, and the distance from a reference",
     "plan": "list the formats and sizes that fit a memory budget, from shapes alone",
     "serve": "answer requests over HTTP, in the form of OpenAI's API",
+    "update": "publish, fetch, apply and roll back signed updates of a model",
 }
 # XLA reads the first when its backend starts, OpenBLAS the second when numpy is imported. XLA's
 # concurrent scheduler keeps every dense weight in memory at once, and OpenBLAS' threads spin.
