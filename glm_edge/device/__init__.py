@@ -15,7 +15,7 @@ from glm_edge.device import (
     workload,
 )
 from glm_edge.device.machine import Machine, machine, stacked, variations
-from glm_edge.device.predict import Interval, Prediction, predict
+from glm_edge.device.predict import Interval, Prediction, PredictOptions, predict
 from glm_edge.device.schedule import Task
 from glm_edge.device.simulate import Result, simulate
 from glm_edge.device.specs import Device, decode_rows, device, names, opp_tables
@@ -25,6 +25,7 @@ __all__ = [
     "Device",
     "Interval",
     "Machine",
+    "PredictOptions",
     "Prediction",
     "Result",
     "Task",

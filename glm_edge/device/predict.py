@@ -56,6 +56,23 @@ class Interval(NamedTuple):
         return cls(float(values[0]), float(low), float(high))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """Further conditions of a prediction.
+
+    Attributes:
+      cache_dtype: type of keys and values.
+      ambient_c: temperature of the air in C.
+      draws: phones with varied assumptions, at least 8.
+      seed: seed of the draws.
+    """
+
+    cache_dtype: str = "float32"
+    ambient_c: float = AMBIENT_C
+    draws: int = 64
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Simulated answers for a model on a phone; it prints as a table.
@@ -173,10 +190,7 @@ def predict(
     images: int = 0,
     clips: int = 0,
     formats: Mapping[str, Format] | None = None,
-    cache_dtype: str = "float32",
-    ambient_c: float = AMBIENT_C,
-    draws: int = 64,
-    seed: int = 0,
+    options: PredictOptions | None = None,
 ) -> Prediction:
     """Predict speed, energy, memory and heat of a model on a phone.
 
@@ -192,10 +206,7 @@ def predict(
       images: images that the prompt contains.
       clips: recordings that the prompt contains.
       formats: formats of some matrices by path that are not yet quantized, such as a plan's.
-      cache_dtype: type of keys and values.
-      ambient_c: temperature of the air in C.
-      draws: phones with varied assumptions, at least 8.
-      seed: seed of the draws.
+      options: cache, air and draws; None takes the defaults.
 
     Returns:
       The prediction.
@@ -214,6 +225,8 @@ def predict(
         raise ConfigError(f"predict: the model must be a GLM, not {type(model).__name__}")
     if engine not in ENGINES:
         raise DataError(f"predict: engine {engine!r:.60} is not one of {', '.join(ENGINES)}")
+    options = options or PredictOptions()
+    draws, cache_dtype = options.draws, options.cache_dtype
     if draws < 8:
         raise DataError(f"predict: draws={draws} is too few for an interval; use at least 8")
     phone = device if isinstance(device, Device) else read_device(device)
@@ -231,8 +244,10 @@ def predict(
     rate = roofline.prefill_rate(rows, phone.name, runtime, engine)
 
     # The first phone is as described; the others vary.
-    rng = np.random.default_rng(seed)
-    values = [phone.values] + [phone.values | varied for varied in variations(phone, draws, seed)]
+    rng = np.random.default_rng(options.seed)
+    values = [phone.values] + [
+        phone.values | varied for varied in variations(phone, draws, options.seed)
+    ]
     slower = np.exp(np.concatenate([[0.0], rng.choice(errors, draws)]))
     prompt_ops_s = rate.ops_s * np.exp(np.concatenate([[0.0], rng.normal(0, rate.spread, draws)]))
     peaks = workload.peak_bytes(config, sizes, context, cache_dtype)
@@ -252,7 +267,7 @@ def predict(
     # Weights that do not fit are read once per prompt, as for a token.
     first_s = np.maximum(np.asarray(prompt_s, float).sum(axis=1), memory_s)
     machines = [
-        _with_rates(machine(phone, v, TICK_S, ambient_c), engine, *rates)
+        _with_rates(machine(phone, v, TICK_S, options.ambient_c), engine, *rates)
         for v, *rates in zip(values, prompt_ops_s, token.bytes / memory_s, strict=True)
     ]
     # Tokens per unit, so that a unit is not shorter than a step of the simulation.
@@ -369,7 +384,6 @@ def _tasks(engine: str, chunk: int, token: workload.Work, layer_s: np.ndarray) -
         period_s=same(0.0),
         units=same(1.0),
         start_s=same(0.0),
-        stop_s=same(np.inf),
     )
 
 

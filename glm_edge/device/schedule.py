@@ -37,7 +37,6 @@ class Task:
         work.
       units: units of one release.
       start_s: begin of the task.
-      stop_s: end of the task.
       parts: units that form one result, such as the layers of a token.
     """
 
@@ -50,7 +49,6 @@ class Task:
     period_s: float = 0.0
     units: int = 1
     start_s: float = 0.0
-    stop_s: float = math.inf
     parts: int = 1
 
     def __post_init__(self) -> None:
@@ -82,7 +80,6 @@ class TaskArrays(NamedTuple):
     period_s: Numbers
     units: Numbers
     start_s: Numbers
-    stop_s: Numbers
 
 
 def arrays_of(tasks: Sequence[Task]) -> TaskArrays:

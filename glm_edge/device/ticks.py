@@ -146,7 +146,7 @@ def _sum(total: Array, error: Array, amount: Array) -> tuple[Array, Array]:
 
 def _release(tasks: TaskArrays, state: State, now_s: Array, step_s: Array) -> State:
     """Release the periodic tasks that are due; a late release is dropped, not queued."""
-    is_on = (now_s >= tasks.start_s) & (now_s < tasks.stop_s) & jnp.isinf(state.off_s)
+    is_on = (now_s >= tasks.start_s) & jnp.isinf(state.off_s)
     periodic = tasks.period_s > 0
     due = is_on & periodic & (state.phase >= 1.0)
     phase = jnp.where(due, state.phase - 1.0, state.phase)

@@ -20,7 +20,13 @@ READ_FROM_FILES = {
     "preprocess.Processor",
     "preprocess.VideoProcessing",
 }
-RESULTS = {"export.Bundle", "export.Verification", "params.Quantized"}
+RESULTS = {
+    "device.Machine",
+    "device.Prediction",
+    "export.Bundle",
+    "export.Verification",
+    "params.Quantized",
+}
 
 
 def public_callables():

@@ -8,13 +8,14 @@ import pytest
 import glm_edge as ge
 from glm_edge.compress.allocate.knapsack import format_everything
 from glm_edge.configs import preset
-from glm_edge.device import predict, roofline, workload
+from glm_edge.device import PredictOptions, predict, roofline, workload
 from glm_edge.device.specs import Number, decode_rows, device
 from glm_edge.errors import ConfigError, DataError
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 
 DRAWS = 8
+FEW = PredictOptions(draws=DRAWS)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def nine_billion():
 def test_a_model_that_fits_is_read_from_memory(nine_billion):
     model, params, formats = nine_billion
     phone = with_value(device("sm8650"), "dram.capacity_bytes", 64 * 2**30)
-    answer = predict(model, params, phone, 512, formats=formats, images=1, draws=DRAWS)
+    answer = predict(model, params, phone, 512, formats=formats, images=1, options=FEW)
     sizes = workload.bytes_by_path(params, formats)
     token = workload.total(workload.decode_ops(model.config, sizes, 512))
     rows = [row for row in decode_rows() if row.usable]
@@ -55,12 +56,12 @@ def test_a_model_that_fits_is_read_from_memory(nine_billion):
 
 def test_a_model_that_does_not_fit_is_read_from_storage(nine_billion):
     model, params, formats = nine_billion
-    answer = predict(model, params, "sm8650", 512, draws=DRAWS)
+    answer = predict(model, params, "sm8650", 512, options=FEW)
     assert answer.limit == "storage"
     # 18.7 GB in bfloat16 of which a third stays: about 12 GB at 3.9 GB/s per token.
     assert 0.2 < answer.tokens_s.value < 0.5
     small = with_value(device("sm8650"), "dram.capacity_bytes", 1e9)
-    streamed = predict(model, params, small, 512, formats=formats, draws=DRAWS)
+    streamed = predict(model, params, small, 512, formats=formats, options=FEW)
     # A token reads 4.98 GB, of which at most a fifth stays in 0.5 GB beside the cache.
     assert f"{DRAWS} of the {DRAWS} phones read weights from storage" in str(streamed)
     assert 3.9e9 / 4.98e9 < streamed.tokens_s.value < 3.9e9 / (0.8 * 4.98e9)
@@ -69,7 +70,9 @@ def test_a_model_that_does_not_fit_is_read_from_storage(nine_billion):
 def test_heat_slows_a_hot_day(nine_billion):
     model, params, formats = nine_billion
     phone = with_value(device("sm8650"), "dram.capacity_bytes", 64 * 2**30)
-    hot = predict(model, params, phone, 512, formats=formats, ambient_c=38.0, draws=DRAWS)
+    hot = predict(
+        model, params, phone, 512, formats=formats, options=dataclasses.replace(FEW, ambient_c=38.0)
+    )
     assert hot.later_tokens_s.value < 0.95 * hot.tokens_s.value
     assert hot.later_limit == "skin"
     assert hot.skin_c.value > 42.0
@@ -83,13 +86,13 @@ def with_value(phone, name, value):
 def test_the_facade_has_it_and_draws_a_figure(tmp_path, nine_billion):
     pytest.importorskip("matplotlib")
     model, params, formats = nine_billion
-    answer = ge.device.predict(model, params, context=512, formats=formats, draws=DRAWS)
+    answer = ge.device.predict(model, params, context=512, formats=formats, options=FEW)
     path = tmp_path / "phone.png"
     answer.figure(path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert answer.trace_tokens_s.shape == (DRAWS + 1, 120)
-    assert predict(model, params, formats=formats, draws=DRAWS).context == 1024
-    repeated = ge.device.predict(model, params, context=512, formats=formats, draws=DRAWS)
+    assert predict(model, params, formats=formats, options=FEW).context == 1024
+    repeated = ge.device.predict(model, params, context=512, formats=formats, options=FEW)
     np.testing.assert_array_equal(answer.trace_skin_c, repeated.trace_skin_c)
 
 
@@ -98,7 +101,7 @@ def test_the_facade_has_it_and_draws_a_figure(tmp_path, nine_billion):
     [
         ({"engine": "tpu"}, DataError, "engine 'tpu' is not one of cpu, gpu, npu"),
         ({"device": "phone"}, DataError, "device: 'phone' is unknown"),
-        ({"draws": 3}, DataError, "draws=3 is too few"),
+        ({"options": PredictOptions(draws=3)}, DataError, "draws=3 is too few"),
         ({"context": 10**7}, DataError, "context 10000000 must be in 1.."),
     ],
 )
