@@ -42,7 +42,8 @@ def test_read_probes_scales_boxes_of_unique_names(probes):
     assert questions[0].target.box == (10, 20, 30, 40)
     assert [probe.application for probe in probes] == ["mail", "mail", "maps", "maps"]
     assert probes[0].item.image.shape == (*CONFIG.vision_tower.image_size, 3)
-    assert (probes[0].item.image.max(), probes[2].item.image.min()) == (0.0, 1.0)
+    brightness = probes[0].item.image.max(), probes[2].item.image.min()
+    assert brightness == pytest.approx((0.0, 1.0))
     texts = [actions.format_action(q.answer_action) for q in questions]
     assert real_screens.hits_of(probes, texts) == [1.0] * 4
     assert real_screens.hits_of(probes, texts[1::-1] * 2) == [0.0] * 4
