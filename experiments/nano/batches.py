@@ -331,7 +331,7 @@ def _sources(parts: Sequence[tuple[Sequence[int], float]]) -> list[int]:
     sources = []
     for ids, weight in parts:
         source = NO_SOURCE
-        if 0 < weight < 1 and len(ids):
+        if weight == THOUGHT_WEIGHT and len(ids):
             words = list(ids[:-1])
             starts = range(at, len(task) - len(words) + 1)
             source = next((i for i in starts if task[i : i + len(words)] == words), NO_SOURCE)

@@ -212,9 +212,7 @@ def image_ops(config: GLMConfig, sizes: Mapping[str, int]) -> list[Op]:
     Raises:
       ConfigError: the model has no vision.
     """
-    tower = config.vision_tower
-    ops = _encoder_ops(config, "image")
-    return [Op("vision", ops, _bytes_below(sizes, "vision/"), layers=tower.num_layers)]
+    return [_encoder_op(config, sizes, "vision", "image", config.vision_tower.num_layers)]
 
 
 def clip_ops(config: GLMConfig, sizes: Mapping[str, int]) -> list[Op]:
@@ -230,14 +228,14 @@ def clip_ops(config: GLMConfig, sizes: Mapping[str, int]) -> list[Op]:
     Raises:
       ConfigError: the model has no speech encoder.
     """
-    encoder = config.speech_encoder
-    ops = _encoder_ops(config, "clip")
-    return [Op("speech", ops, _bytes_below(sizes, "speech/"), layers=encoder.num_layers)]
+    return [_encoder_op(config, sizes, "speech", "clip", config.speech_encoder.num_layers)]
 
 
-def _encoder_ops(config: GLMConfig, kind: str) -> int:
+def _encoder_op(
+    config: GLMConfig, sizes: Mapping[str, int], name: str, kind: str, layers: int
+) -> Op:
     counts = cost.flops(MultimodalGLM(config)) or {}
-    return counts[kind]
+    return Op(name, counts[kind], _bytes_below(sizes, f"{name}/"), layers=layers)
 
 
 def _bytes_below(sizes: Mapping[str, int], prefix: str) -> int:

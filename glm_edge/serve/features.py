@@ -56,19 +56,19 @@ class FeatureCache:
         complete = True
         for item in media:
             features = self._features.get(item.key)
-            if features is None and self._encoder is None:
-                features = self._encode(item)
-                self._keep(item.key, features)
-            if features is None:
+            if features is None and self._encoder is not None:
                 complete = False
                 if item.key not in self._pending:
                     self._begin(self._encoder, item)
-            elif isinstance(features, GlmEdgeError):
+                continue
+            if features is None:
+                features = self._encode(item)
+                self._keep(item.key, features)
+            if isinstance(features, GlmEdgeError):
                 del self._features[item.key]
                 raise features
-            else:
-                self._features.move_to_end(item.key)
-                known[item.key] = features
+            self._features.move_to_end(item.key)
+            known[item.key] = features
         return known if complete else None
 
     @property
@@ -114,8 +114,7 @@ class FeatureCache:
         if self._encoder is not None:
             self._encoder.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, encoder: ThreadPoolExecutor | None, media: Media) -> None:
-        assert encoder is not None
+    def _begin(self, encoder: ThreadPoolExecutor, media: Media) -> None:
         future = encoder.submit(self._encode, media)
         self._pending[media.key] = future
         future.add_done_callback(lambda _: self._on_encoded())

@@ -167,9 +167,7 @@ class Task:
         if matcher is not None:
             bits = np.asarray(matcher.allowed()).view(np.uint32)
         if length - self.prompt_length < self.request.min_new_tokens and self.stop_tokens:
-            bits = bits.copy()
-            for token in self.stop_tokens:
-                bits[token // 32] &= ~np.uint32(1 << (token % 32))
+            bits = self._without_stops(bits)
         return bits
 
     def must_stop(self) -> bool:
@@ -177,10 +175,14 @@ class Task:
         if self.matcher is None or self.generated < self.request.min_new_tokens:
             return False
         allowed = np.asarray(self.matcher.allowed()).view(np.uint32)
-        others = allowed.copy()
+        return bool(allowed.any() and not self._without_stops(allowed).any())
+
+    def _without_stops(self, bits: np.ndarray) -> np.ndarray:
+        """Return bits of tokens without those of stop tokens."""
+        bits = bits.copy()
         for token in self.stop_tokens:
-            others[token // 32] &= ~np.uint32(1 << (token % 32))
-        return bool(allowed.any() and not others.any())
+            bits[token // 32] &= ~np.uint32(1 << (token % 32))
+        return bits
 
     def draft(self, most: int) -> list[int]:
         """Propose the next tokens, from the request's draft or from the text.

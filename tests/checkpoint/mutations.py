@@ -8,6 +8,8 @@ import signal
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
+
 import glm_edge as ge
 from glm_edge.errors import GlmEdgeError
 
@@ -215,3 +217,31 @@ def change_files(rng, directory: Path) -> None:
 
 
 CHANGES = (change_bytes, change_config, change_index, change_header, change_files)
+
+
+def load_mutated(directory, files, seeds, check):
+    """Load a changed copy of some files per seed, and check the parameters that load.
+
+    Args:
+      directory: directory of the copies.
+      files: contents by name.
+      seeds: seeds of the changes.
+      check: function of the parameters; its failures are collected.
+
+    Returns:
+      Count of copies that loaded.
+    """
+    failures, loaded = [], 0
+    for seed in seeds:
+        make(directory, files)
+        change = CHANGES[seed % len(CHANGES)]
+        change(np.random.default_rng(seed), directory)
+        try:
+            result = load(directory)
+            if not isinstance(result, str):
+                loaded += 1
+                check(result)
+        except (Exception, TooLong) as error:
+            failures.append(f"seed {seed} {change.__name__}: {type(error).__name__}: {error}"[:200])
+    assert not failures, "\n".join(failures)
+    return loaded

@@ -53,8 +53,8 @@ class Server:
         self.started = threading.Event()
         self._host, self._drain_s, self._header_s = host, drain_s, header_s
         self._connections = connections
-        self._hosts = [*allowed_hosts, host, *LOOPBACK]
-        self._any_host = host not in LOOPBACK and not allowed_hosts
+        checked = host in LOOPBACK or allowed_hosts
+        self._hosts = [*allowed_hosts, host, *LOOPBACK] if checked else None
         self._access_log, self._on_start = access_log, on_start
         self._server: Any = None
 
@@ -77,7 +77,7 @@ class Server:
         uvicorn = require("uvicorn", extra="serve")
         app: Any = create_app(self.service)
         config = uvicorn.Config(
-            app if self._any_host else known_hosts(app, self._hosts),
+            app if self._hosts is None else known_hosts(app, self._hosts),
             host=self._host,
             port=self.port,
             http=_protocol(self._header_s, self._connections),
